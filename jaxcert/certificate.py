@@ -1,0 +1,129 @@
+"""What a certifier hands back: certificates (a radius) and verdicts (yes, no, unknown and why)."""
+
+import dataclasses
+import enum
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.sets import Box
+
+Array: TypeAlias = jax.Array
+
+ABSTAIN = -1
+"""The prediction of a certifier that predicts nothing: smoothing's abstention, or NaN logits."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """For every x' in `within` with |x' - x|_norm <= radius, the certified function predicts
+    `prediction`.
+
+    The certified function is the model over the reals for deterministic certifiers, the smoothed
+    model for randomized smoothing.
+
+    Attributes:
+      prediction: int (b,), or `ABSTAIN`.
+      radius: float (b,), rounded down so that `<=` holds; 0 where nothing is proved.
+      confidence: float (b,): 1 for a proof, 1 - alpha per input for smoothing.
+      norm: the threat's norm as numpy's `ord` (inf, 2, 1, 0); static.
+      within: the `Box` x' must lie in, or None for no restriction.
+    """
+
+    prediction: Array
+    radius: Array
+    confidence: Array
+    norm: float = dataclasses.field(metadata={"static": True})
+    within: Box | None = None
+
+
+def issue(
+    prediction: Array,
+    radius: Array,
+    *,
+    norm: float,
+    within: Box | None = None,
+    confidence: Any = 1.0,
+) -> Certificate:
+    """The one place certificates are made, so that every certifier fails closed the same way.
+
+    A radius that is NaN, infinite or negative and any radius of an abstention becomes 0. The
+    radius is rounded down to the default float type.
+    """
+    prediction = jnp.asarray(prediction, jnp.int32)
+    dtype = jnp.result_type(float)
+    # A radius decided in float64 reaches a float32 caller: JAX truncates, to nearest, whatever
+    # touches it outside of this block.
+    with jax.enable_x64(True):
+        sound = jnp.isfinite(radius) & (radius > 0) & (prediction != ABSTAIN)
+        radius = rounded_down(jnp.where(sound, radius, jnp.zeros_like(radius)), dtype)
+    confidence = jnp.broadcast_to(jnp.asarray(confidence, dtype), prediction.shape)
+    return Certificate(prediction, radius, confidence, norm, within)
+
+
+def rounded_down(radius: Array, dtype: Any) -> Array:
+    """A radius >= 0 in another float type, never above the one passed in."""
+    nearest = radius.astype(dtype)
+    below = jnp.nextafter(nearest, jnp.zeros_like(nearest))
+    return jnp.where(nearest.astype(radius.dtype) > radius, below, nearest)
+
+
+def predicted_class(logits: Array) -> Array:
+    """argmax of each row of (b, k) logits, `ABSTAIN` where any logit is not finite."""
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return jnp.where(finite, jnp.argmax(logits, axis=-1), ABSTAIN).astype(jnp.int32)
+
+
+class Status(enum.IntEnum):
+    """The codes of a `Verdict`'s status."""
+
+    UNKNOWN = 0
+    VERIFIED = 1
+    FALSIFIED = 2
+
+
+class Reason(enum.IntEnum):
+    """Why a verdict is UNKNOWN; `MESSAGES` says each in words."""
+
+    NONE = 0
+    LOOSE = 1
+    TIME = 2
+    DOMAINS = 3
+    MEMORY = 4
+    NUMERICS = 5
+    UNSUPPORTED = 6
+
+
+MESSAGES = {
+    Reason.NONE: "decided",
+    Reason.LOOSE: "the bound is too loose to decide; use a tighter method or a smaller set",
+    Reason.TIME: "the time budget ran out",
+    Reason.DOMAINS: "the budget of sub-domains ran out",
+    Reason.MEMORY: "the memory budget ran out",
+    Reason.NUMERICS: "numerically undecided: the margin is within rounding of zero, or NaN",
+    Reason.UNSUPPORTED: "the model holds an operation the method has no rule for",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The answer to "does the property hold on the whole set?", as codes that survive jit.
+
+    Attributes:
+      status: int (b,), a `Status`: VERIFIED is a proof, FALSIFIED comes with a counterexample.
+      reason: int (b,), a `Reason`, NONE where decided.
+      counterexample: (b, *input) points that break the property where FALSIFIED, or None.
+    """
+
+    status: Array
+    reason: Array
+    counterexample: Array | None = None
+
+
+def explain(verdict: Verdict) -> list[str]:
+    """One line of words per example. Host side: needs concrete values."""
+    pairs = zip(verdict.status.tolist(), verdict.reason.tolist(), strict=True)
+    return [f"{Status(s).name}: {MESSAGES[Reason(r)]}" for s, r in pairs]

@@ -1,0 +1,30 @@
+"""The exceptions of jaxcert, all children of `JaxcertError`.
+
+    JaxcertError
+    ├── UnsupportedEquation   an equation of the model has no rule in the method asked for
+    │   └── DataDependent     control flow, indices or integers that depend on the bounded input
+    ├── MixedRows             an equation mixes the rows of a batch, so no row has its own bound
+    └── RecordMismatch        a log on disk belongs to another run configuration
+
+Wrong arguments are plain `ValueError` and `TypeError`.
+"""
+
+
+class JaxcertError(Exception):
+    """Anything jaxcert refuses to do."""
+
+
+class UnsupportedEquation(JaxcertError, NotImplementedError):
+    """The model holds an equation for which the method has no rule, so nothing can be proved."""
+
+
+class DataDependent(UnsupportedEquation):
+    """Control flow, indices or integers of the model depend on the bounded input."""
+
+
+class MixedRows(JaxcertError, ValueError):
+    """An equation lets one example of the batch change the output of another."""
+
+
+class RecordMismatch(JaxcertError, ValueError):
+    """A log on disk was written by a run with another configuration."""

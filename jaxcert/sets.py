@@ -1,0 +1,266 @@
+"""Input sets: where a perturbed input may lie.
+
+A set is a frozen pytree of arrays, batch axis first: `Box(lower, upper)`, `LinfBall(x, eps)`,
+`L2Ball(x, eps)`, `L1Ball(x, eps)`. A ball may carry a valid box (pixels in [0, 1]); the set is then
+their intersection. Constructors check nothing, because JAX rebuilds pytrees with tracers and
+placeholders inside; every entry point of the library calls `checked`.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array: TypeAlias = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """All x with lower <= x <= upper, elementwise.
+
+    Attributes:
+      lower: array (b, *input), or a scalar where the box is the valid range of a ball.
+      upper: array of the same shape.
+    """
+
+    lower: Any
+    upper: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ball:
+    """What the three balls share.
+
+    Attributes:
+      x: centres, (b, *input).
+      eps: radius, a scalar or one per example (b,).
+      valid: a `Box` every input must lie in anyway (`Box(0.0, 1.0)` for images), or None.
+    """
+
+    x: Any
+    eps: Any
+    valid: Box | None = None
+    norm: ClassVar[float]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinfBall(_Ball):
+    """All x' with max_i |x'_i - x_i| <= eps, and x' in `valid` where given."""
+
+    norm: ClassVar[float] = float("inf")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class L2Ball(_Ball):
+    """All x' with sqrt(sum_i (x'_i - x_i)^2) <= eps, and x' in `valid` where given."""
+
+    norm: ClassVar[float] = 2.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class L1Ball(_Ball):
+    """All x' with sum_i |x'_i - x_i| <= eps, and x' in `valid` where given."""
+
+    norm: ClassVar[float] = 1.0
+
+
+Ball: TypeAlias = LinfBall | L2Ball | L1Ball
+InputSet: TypeAlias = Box | LinfBall | L2Ball | L1Ball
+
+
+def per_example(value: Any, like: Any) -> Array:
+    """A scalar or (b,) value shaped to broadcast against `like`, (b, *input)."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (jnp.ndim(like) - 1)) if value.ndim else value
+
+
+def flat_norm(delta: Array, norm: float) -> Array:
+    """The norm of each example's perturbation, (b, *input) -> (b,)."""
+    return jnp.linalg.norm(delta.reshape(delta.shape[0], -1), ord=norm, axis=1)
+
+
+def bounding_box(region: InputSet) -> Box:
+    """The smallest box around a set, rounded to nearest (proofs widen it afterwards)."""
+    if isinstance(region, Box):
+        return region
+    eps = per_example(region.eps, region.x)
+    lower, upper = region.x - eps, region.x + eps
+    if region.valid is not None:
+        lower = jnp.maximum(lower, region.valid.lower)
+        upper = jnp.minimum(upper, region.valid.upper)
+    return Box(lower, upper)
+
+
+def contains(region: InputSet, x: Array) -> Array:
+    """Whether each x of the batch lies in its set, (b, *input) -> bool (b,)."""
+    axes = tuple(range(1, jnp.ndim(x)))
+    box = region if isinstance(region, Box) else region.valid
+    inside = jnp.ones(x.shape[0], bool)
+    if box is not None:
+        inside = jnp.all((box.lower <= x) & (x <= box.upper), axis=axes)
+    if isinstance(region, Box):
+        return inside
+    return inside & (flat_norm(x - region.x, region.norm) <= region.eps)
+
+
+def project(region: InputSet, x: Array) -> Array:
+    """The point of the set nearest to x in L2, per example.
+
+    For a ball of norm p cut by a box, the minimiser of |z - x|^2 under the multiplier t of the
+    norm constraint is separable and |z(t) - centre|_p falls with t, so t is found by bisection.
+    """
+    box = bounding_box(region)
+    if isinstance(region, Box | LinfBall):
+        return jnp.clip(x, box.lower, box.upper)
+
+    def candidate(t: Array) -> Array:
+        t, delta = per_example(t, x), x - region.x
+        if region.norm == 2.0:
+            shrunk = delta / (1 + t)
+        else:
+            shrunk = jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - t, 0)
+        return jnp.clip(region.x + shrunk, box.lower, box.upper)
+
+    def size(z: Array) -> Array:
+        return flat_norm(z - region.x, region.norm)
+
+    eps = jnp.broadcast_to(jnp.asarray(region.eps, x.dtype), x.shape[:1])
+    low = jnp.zeros_like(eps)
+    start = flat_norm(x - region.x, region.norm)
+    high = start if region.norm == 1.0 else start / jnp.maximum(eps, jnp.finfo(x.dtype).tiny)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        outside = size(candidate(middle)) > eps
+        return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 60, halve, (low, high))
+    already_inside = size(candidate(low * 0)) <= eps
+    return candidate(jnp.where(already_inside, 0.0, high))
+
+
+def sample(key: Array, region: InputSet, n: int) -> Array:
+    """n points of each example's set, (n, b, *input); not uniform for cut balls, always inside.
+
+    Half of the draws are pushed to the boundary, where bounds fail first. Points are inside up to
+    float rounding.
+    """
+    box = bounding_box(region)
+    shape = (n, *jnp.shape(box.lower))
+    inner, outer = jax.random.split(key)
+    if isinstance(region, Box | LinfBall):
+        unit = jax.random.uniform(inner, shape, box.lower.dtype)
+        corner = jax.random.bernoulli(outer, 0.5, shape).astype(unit.dtype)
+        unit = jnp.where(_alternate(n, unit), unit, corner)
+        # lower + unit * (upper - lower) can leave the box by rounding; the clip brings it back.
+        return jnp.clip(box.lower + unit * (box.upper - box.lower), box.lower, box.upper)
+    direction = jax.random.normal(inner, shape, region.x.dtype)
+    size = jax.vmap(lambda d: flat_norm(d, region.norm))(direction)
+    length = jnp.where(_alternate(n, size), jax.random.uniform(outer, size.shape), 1.0)
+    scale = region.eps * length / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+    delta = direction * scale.reshape(scale.shape + (1,) * (direction.ndim - 2))
+    return jnp.clip(region.x + delta, box.lower, box.upper)
+
+
+def _alternate(n: int, like: Array) -> Array:
+    return (jnp.arange(n) % 2 == 0).reshape((n,) + (1,) * (like.ndim - 1))
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether any leaf is a tracer, so that its value cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def checked(region: InputSet) -> InputSet:
+    """The set with its shapes, dtypes and, where they are concrete, its values checked.
+
+    Wrong shapes, dtypes and concrete values raise. Traced values cannot raise: an example whose
+    set is invalid gets NaN ends, from which no method can prove anything. A Python eps is rounded
+    up to the default float type, so that the ball covers the radius that was asked for.
+    """
+    if isinstance(region, Box):
+        return _checked_box(region)
+    if not isinstance(region, LinfBall | L2Ball | L1Ball):
+        raise TypeError(
+            f"expected a Box, LinfBall, L2Ball or L1Ball, got {type(region).__name__}; "
+            "wrap the inputs: LinfBall(x, eps)"
+        )
+    _require_float_batch(region.x, "x")
+    eps = _rounded_up(region.eps)
+    if eps.ndim > 1 or (eps.ndim == 1 and eps.shape[0] != jnp.shape(region.x)[0]):
+        raise ValueError(
+            f"eps must be a scalar or one per example ({jnp.shape(region.x)[0]},), "
+            f"got shape {eps.shape}"
+        )
+    valid = region.valid
+    if valid is not None and not isinstance(valid, Box):
+        raise TypeError(f"valid must be a Box such as Box(0.0, 1.0), got {type(valid).__name__}")
+    _require_or(eps, lambda e: e >= 0, "eps must be >= 0 and not NaN")
+    _require_or(region.x, np.isfinite, "x must be finite")
+    x = region.x
+    bad = ~(eps >= 0) | ~jnp.all(jnp.isfinite(x), axis=tuple(range(1, jnp.ndim(x))))
+    if valid is not None:
+        inside = (valid.lower <= x) & (x <= valid.upper)
+        _require_or(inside, lambda i: i, "x lies outside its valid box; clip it first")
+        bad = bad | ~jnp.all(inside, axis=tuple(range(1, jnp.ndim(x))))
+    if is_traced(region):
+        eps = jnp.where(bad, jnp.nan, eps)
+    return type(region)(x, eps, valid)
+
+
+def _checked_box(box: Box) -> Box:
+    _require_float_batch(box.lower, "lower")
+    _require_float_batch(box.upper, "upper")
+    if jnp.shape(box.lower) != jnp.shape(box.upper):
+        raise ValueError(
+            f"lower and upper must have one shape, got {jnp.shape(box.lower)} "
+            f"and {jnp.shape(box.upper)}"
+        )
+    ordered = box.lower <= box.upper  # False where either is NaN
+    _require_or(ordered, lambda o: o, "every lower must be <= its upper, and none NaN")
+    if not is_traced(box):
+        return box
+    row_ok = jnp.all(ordered, axis=tuple(range(1, jnp.ndim(box.lower))))
+    row_ok = per_example(row_ok, box.lower)
+    return Box(jnp.where(row_ok, box.lower, jnp.nan), jnp.where(row_ok, box.upper, jnp.nan))
+
+
+def _require_float_batch(x: Any, name: str) -> None:
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"{name} must be an array (b, *input), got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating point, got {x.dtype}; "
+            f"scale it the way the model expects, e.g. {name}.astype(jnp.float32) / 255"
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"{name} must have a batch axis first, (b, *input); got shape {x.shape}: "
+            f"write {name}[None] for one example"
+        )
+
+
+def _require_or(value: Any, condition, message: str) -> None:
+    """Raise where a concrete value breaks the condition; traced values are handled by NaN."""
+    if not is_traced(value):
+        host = np.asarray(value)
+        holds = np.asarray(condition(host), bool)
+        if not holds.all():
+            raise ValueError(f"{message} (broken in {int((~holds).sum())} of {holds.size} places)")
+
+
+def _rounded_up(eps: Any) -> Array:
+    """eps as an array of the default float type, never below the number that was passed."""
+    if hasattr(eps, "dtype") and not isinstance(eps, np.ndarray | np.generic):
+        return jnp.asarray(eps, jnp.result_type(float, eps.dtype))
+    exact = np.asarray(eps, np.float64)
+    dtype = jax.dtypes.canonicalize_dtype(float)
+    nearest = exact.astype(dtype)
+    return jnp.asarray(np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest))

@@ -1,0 +1,39 @@
+"""Shared fixtures: where the optional data lies, and a compilation cache between runs."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--data",
+        default=os.environ.get("JAXCERT_DATA"),
+        help="folder with the reference data (cohen_logs, ...); default: the variable JAXCERT_DATA",
+    )
+
+
+@pytest.fixture(scope="session")
+def data(request):
+    """The folder with the reference data; tests that ask for it are skipped without one."""
+    folder = request.config.getoption("--data")
+    if not folder or not pathlib.Path(folder).is_dir():
+        pytest.skip("needs the reference data: pass --data DIR or set JAXCERT_DATA")
+    return pathlib.Path(folder)
