@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxcert.floats import rounded_down
 from jaxcert.sets import Box
 
 Array: TypeAlias = jax.Array
@@ -49,8 +50,8 @@ def issue(
 ) -> Certificate:
     """The one place certificates are made, so that every certifier fails closed the same way.
 
-    A radius that is NaN, infinite or negative and any radius of an abstention becomes 0. The
-    radius is rounded down to the default float type.
+    A radius that is NaN, infinite or negative and any radius of an abstention becomes 0. Radius and
+    confidence are rounded down to the default float type.
     """
     prediction = jnp.asarray(prediction, jnp.int32)
     dtype = jnp.result_type(float)
@@ -59,15 +60,9 @@ def issue(
     with jax.enable_x64(True):
         sound = jnp.isfinite(radius) & (radius > 0) & (prediction != ABSTAIN)
         radius = rounded_down(jnp.where(sound, radius, jnp.zeros_like(radius)), dtype)
-    confidence = jnp.broadcast_to(jnp.asarray(confidence, dtype), prediction.shape)
+        confidence = rounded_down(jnp.asarray(confidence, jnp.float64), dtype)
+    confidence = jnp.broadcast_to(confidence, prediction.shape)
     return Certificate(prediction, radius, confidence, norm, within)
-
-
-def rounded_down(radius: Array, dtype: Any) -> Array:
-    """A radius >= 0 in another float type, never above the one passed in."""
-    nearest = radius.astype(dtype)
-    below = jnp.nextafter(nearest, jnp.zeros_like(nearest))
-    return jnp.where(nearest.astype(radius.dtype) > radius, below, nearest)
 
 
 def predicted_class(logits: Array) -> Array:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array: TypeAlias = jax.Array
 Model: TypeAlias = Callable[[Any], Array]
@@ -56,6 +57,11 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
 
 
+def is_traced(*values: Any) -> bool:
+    """Whether any leaf is a tracer, so that its value cannot be looked at."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
 def as_float64(tree: Any) -> Any:
     """Every float array of a pytree in float64, which is exact. Only inside `enable_x64`."""
 
@@ -71,7 +77,9 @@ def output_shape(f: Model, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of f(x) without running it; anything but float (b, k) logits raises."""
     out = jax.eval_shape(lambda a: f(a), jax.ShapeDtypeStruct(jnp.shape(x), x.dtype))
     if not isinstance(out, jax.ShapeDtypeStruct):
-        raise TypeError(f"the model must return one array of logits (b, k), got {type(out).__name__}")
+        raise TypeError(
+            f"the model must return one array of logits (b, k), got {type(out).__name__}"
+        )
     if out.ndim != 2 or out.shape[0] != jnp.shape(x)[0]:
         raise ValueError(
             f"the model must map {jnp.shape(x)} to logits ({jnp.shape(x)[0]}, k), got {out.shape}"

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcert.model import is_traced as is_traced
+
 Array: TypeAlias = jax.Array
 
 
@@ -173,11 +175,6 @@ def _alternate(n: int, like: Array) -> Array:
     return (jnp.arange(n) % 2 == 0).reshape((n,) + (1,) * (like.ndim - 1))
 
 
-def is_traced(*values: Any) -> bool:
-    """Whether any leaf is a tracer, so that its value cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
-
-
 def checked(region: InputSet) -> InputSet:
     """The set with its shapes, dtypes and, where they are concrete, its values checked.
 
@@ -263,4 +260,6 @@ def _rounded_up(eps: Any) -> Array:
     exact = np.asarray(eps, np.float64)
     dtype = jax.dtypes.canonicalize_dtype(float)
     nearest = exact.astype(dtype)
-    return jnp.asarray(np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest))
+    return jnp.asarray(
+        np.where(nearest < exact, np.nextafter(nearest, dtype.type(np.inf)), nearest)
+    )

@@ -1,0 +1,417 @@
+"""Interval rules: for each primitive, the range of its result over boxes of its operands.
+
+Families first (increasing, decreasing, even, sums, products, comparisons), each primitive one line
+in a table; functions with a rule of their own after. A rule is `(equation, values, outward) -> Box`
+where a value is an array if exact and a `Box` otherwise; with `outward` it counts its own rounding,
+so that the box contains the exact result for all exact operands.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcert.bounds import rounding
+from jaxcert.bounds.interpreter import Rule, Value, define, lower, upper
+from jaxcert.errors import DataDependent
+from jaxcert.graph import Equation, Var
+from jaxcert.sets import Array, Box
+
+
+def _grow(box: Box, units: float, outward: bool) -> Box:
+    return rounding.widen(box, units) if outward else box
+
+
+def _hull(a: Box, b: Box) -> Box:
+    return Box(jnp.minimum(a.lower, b.lower), jnp.maximum(a.upper, b.upper))
+
+
+def _unless(bad: Array, box: Box) -> Box:
+    """The box, or nothing known (NaN) where the function is undefined somewhere in it."""
+    return Box(jnp.where(bad, jnp.nan, box.lower), jnp.where(bad, jnp.nan, box.upper))
+
+
+# --- Increasing and decreasing functions, shape-only ones among them ------------------------------
+
+
+def increasing(units: float = 0, least: float = -math.inf, most: float = math.inf) -> Rule:
+    """Nondecreasing in every operand: ends map to ends. Exact where units is 0."""
+
+    def rule(eqn, values, outward):
+        lows, highs = eqn.bind(*map(lower, values)), eqn.bind(*map(upper, values))
+        boxes = [Box(low, high) for low, high in zip(lows, highs, strict=True)]
+        if not (outward and units):
+            return boxes
+        grown = [rounding.widen(box, units) for box in boxes]
+        return [Box(jnp.maximum(b.lower, least), jnp.minimum(b.upper, most)) for b in grown]
+
+    return rule
+
+
+def decreasing(units: float = 0, least: float = -math.inf, most: float = math.inf) -> Rule:
+    """Nonincreasing in its operand: ends swap."""
+    forward = increasing(units, least, most)
+
+    def rule(eqn, values, outward):
+        swapped = [Box(upper(v), lower(v)) for v in values]
+        return forward(eqn, swapped, outward)
+
+    return rule
+
+
+SHAPE_ONLY = """
+    reshape broadcast_in_dim transpose squeeze slice dynamic_slice concatenate rev pad gather split
+    stack unstack stop_gradient copy
+"""
+define(SHAPE_ONLY, increasing())
+define("max min clamp reduce_max reduce_min reduce_window_max reduce_window_min", increasing())
+define("cummax cummin sort sign floor ceil round and or reduce_and reduce_or relu", increasing())
+define("neg not", decreasing())
+define("add", increasing(rounding.ARITHMETIC))
+define("exp2", increasing(rounding.UNITS["exp2"], least=0))
+define("exp", increasing(rounding.UNITS["exp"], least=0))
+define("expm1", increasing(rounding.UNITS["expm1"], least=-1))
+define("log", increasing(rounding.UNITS["log"]))
+define("log1p", increasing(rounding.UNITS["log1p"]))
+define("sqrt", increasing(rounding.UNITS["sqrt"], least=0))
+define("cbrt", increasing(rounding.UNITS["cbrt"]))
+define("tanh", increasing(rounding.UNITS["tanh"], least=-1, most=1))
+define("erf", increasing(rounding.UNITS["erf"], least=-1, most=1))
+define("erfc", decreasing(rounding.UNITS["erfc"], least=0, most=2))
+define("logistic", increasing(rounding.UNITS["logistic"], least=0, most=1))
+define("sinh", increasing(rounding.UNITS["sinh"]))
+define("asinh", increasing(rounding.UNITS["asinh"]))
+define(
+    "atan", increasing(rounding.UNITS["atan"], least=-1.5707963267948968, most=1.5707963267948968)
+)
+define("erf_inv", increasing(rounding.UNITS["erf_inv"]))
+
+
+def _sub(eqn, values, outward):
+    x, y = values
+    (low,), (high,) = eqn.bind(lower(x), upper(y)), eqn.bind(upper(x), lower(y))
+    return _grow(Box(low, high), rounding.ARITHMETIC, outward)
+
+
+def _rsqrt(eqn, values, outward):
+    box = decreasing(rounding.UNITS["rsqrt"], least=0)(eqn, values, outward)[0]
+    return _unless(~(lower(values[0]) > 0), box)
+
+
+define("sub", _sub)
+define("rsqrt", _rsqrt)
+
+
+# --- Even functions and integer powers ------------------------------------------------------------
+
+
+def even(units: float, at_zero: float) -> Rule:
+    """Even, increasing away from zero."""
+
+    def rule(eqn, values, outward):
+        (x,) = values
+        ends = [Box(y, y) for end in (lower(x), upper(x)) for y in eqn.bind(end)]
+        ends = _hull(*[_grow(end, units, outward) if units else end for end in ends])
+        spans_zero = (lower(x) <= 0) & (upper(x) >= 0)
+        return Box(
+            jnp.where(spans_zero, at_zero, jnp.maximum(ends.lower, at_zero)),
+            jnp.maximum(ends.upper, at_zero),
+        )
+
+    return rule
+
+
+def _integer_pow(eqn, values, outward):
+    n = eqn.params["y"]
+    units = 8 * abs(n)
+    if n >= 0:
+        family = even(units, 0.0) if n % 2 == 0 and n > 0 else increasing(units)
+        return family(eqn, values, outward)
+    (x,) = values
+    ends = [Box(*eqn.bind(end) * 2) for end in (lower(x), upper(x))]
+    box = _hull(*[_grow(end, units, outward) for end in ends])
+    return _unless(~((lower(x) > 0) | (upper(x) < 0)), box)
+
+
+define("abs", even(0, 0.0))
+define("square", even(rounding.ARITHMETIC, 0.0))
+define("cosh", even(rounding.UNITS["cosh"], 1.0))
+define("integer_pow", _integer_pow)
+
+
+# --- Products, quotients, powers: the extremes lie at the corners ---------------------------------
+
+
+def _corners(eqn: Equation, x: Value, y: Value) -> Box:
+    xs = (x.lower, x.upper) if isinstance(x, Box) else (x,)
+    ys = (y.lower, y.upper) if isinstance(y, Box) else (y,)
+    products = [eqn.bind(a, b)[0] for a in xs for b in ys]
+    low = high = products[0]
+    for p in products[1:]:
+        low, high = jnp.minimum(low, p), jnp.maximum(high, p)
+    return Box(low, high)
+
+
+def _mul(eqn, values, outward):
+    return _grow(_corners(eqn, *values), rounding.ARITHMETIC, outward)
+
+
+def _div(eqn, values, outward):
+    x, y = values
+    crosses_zero = ~((lower(y) > 0) | (upper(y) < 0))
+    return _unless(crosses_zero, _grow(_corners(eqn, x, y), rounding.ARITHMETIC, outward))
+
+
+def _pow(eqn, values, outward):
+    """x^y for x > 0 (x = 0 too where y > 0), monotone in each operand with the other fixed."""
+    x, y = values
+    undefined = ~((lower(x) > 0) | ((lower(x) >= 0) & (lower(y) > 0)))
+    box = _grow(_corners(eqn, x, y), rounding.UNITS["pow"], outward)
+    return _unless(undefined, Box(jnp.maximum(box.lower, 0), box.upper))
+
+
+define("mul", _mul)
+define("div", _div)
+define("pow", _pow)
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+
+def sums(terms: Callable[[Equation], int]) -> Rule:
+    """Sums of entries of one operand, `terms` of them at most."""
+
+    def rule(eqn, values, outward):
+        (x,) = values
+        (low,), (high,) = eqn.bind(lower(x)), eqn.bind(upper(x))
+        if not outward:
+            return Box(low, high)
+        n = max(terms(eqn), 1)
+        size = jnp.maximum(jnp.abs(lower(x)), jnp.abs(upper(x)))
+        error = rounding.inflate(eqn.bind(size)[0] * rounding.gamma(n), n)
+        box = rounding.widen(Box(low - error, high + error), rounding.ARITHMETIC)
+        # A sum of terms >= 0 is >= 0: without this, a square root behind it would be undefined.
+        return Box(
+            jnp.where(jnp.all(lower(x) >= 0), jnp.maximum(box.lower, 0), box.lower), box.upper
+        )
+
+    return rule
+
+
+def _axes_size(eqn: Equation) -> int:
+    return math.prod(eqn.inputs[0].shape[axis] for axis in eqn.params["axes"])
+
+
+define("reduce_sum", sums(_axes_size))
+define("reduce_window_sum", sums(lambda eqn: math.prod(eqn.params["window_dimensions"])))
+define("cumsum", sums(lambda eqn: eqn.inputs[0].shape[eqn.params["axis"]]))
+
+
+# --- Dots and convolutions ------------------------------------------------------------------------
+
+
+def exact_products(outward: bool) -> dict[str, Any]:
+    """Parameters under which a dot or convolution uses no reduced-precision multiplications.
+
+    In a proof both operands are float64 and the result takes their type: a type written out would
+    be truncated if a transformation replayed the equation outside of the float64 block.
+    """
+    if outward:
+        return {"precision": lax.Precision.HIGHEST, "preferred_element_type": None}
+    return {"precision": lax.Precision.HIGHEST}
+
+
+def affine(
+    apply: Callable[[Array, Array], Array], x: Value, weight: Value, n: int, outward: bool
+) -> Box:
+    """The range of a bilinear map of a boxed operand and a weight, n products per output.
+
+    In centre and radius form (Rump, "Fast and parallel interval arithmetic", BIT 1999),
+        W (c +- r) = W c +- |W| r,
+    two products instead of four, and exact for an exact W. A weight that is itself rounded,
+    W +- E, adds E (|c| + r). The rounding of W c, at most gamma_n |W| |c|, joins the radius before
+    it is multiplied, so a proof costs two products as well.
+    """
+    centre = lower(x) / 2 + upper(x) / 2
+    radius = upper(x) / 2 - lower(x) / 2
+    if not outward:
+        middle, spread = apply(centre, weight), apply(radius, jnp.abs(weight))
+        return Box(middle - spread, middle + spread)
+    radius = jnp.maximum(upper(x) - centre, centre - lower(x))
+    radius = rounding.inflate(radius + rounding.gamma(n) * jnp.abs(centre), 1)
+    if isinstance(weight, Box):
+        middle_weight = weight.lower / 2 + weight.upper / 2
+        error = jnp.maximum(weight.upper - middle_weight, middle_weight - weight.lower)
+        error = rounding.inflate(error, 1)
+        spread = apply(jnp.abs(centre) + radius, error) * (1 + rounding.gamma(4))
+    else:
+        middle_weight, spread = weight, 0.0
+    middle = apply(centre, middle_weight)
+    spread = rounding.inflate(spread + apply(radius, jnp.abs(middle_weight)), n)
+    return rounding.widen(Box(middle - spread, middle + spread), rounding.ARITHMETIC)
+
+
+def _multiply_bounded(eqn: Equation, x: Value, y: Value, outward: bool) -> Box:
+    """dot_general of two bounded operands: the sum of the exact ranges of its products.
+
+    The ranges need the products one by one; they are formed for a block of the contracted axis at a
+    time, so that at most 2^20 numbers (or one slice) exist at once.
+    """
+    (contract, pairs) = eqn.params["dimension_numbers"]
+    x, y = (_as_matrices(v, contract[i], pairs[i], i) for i, v in enumerate((x, y)))
+    batch, rows, terms = lower(x).shape
+    columns = lower(y).shape[2]
+    block = min(max(1, 2**20 // max(batch * rows * columns, 1)), max(terms, 1))
+    count = -(-terms // block)
+
+    def blocks(a, axis):  # zeros fill the last block: their products are exactly zero
+        widths = [(0, 0)] * 3
+        widths[axis] = (0, count * block - terms)
+        a = jnp.pad(a, widths)
+        shape = (*a.shape[:axis], count, block, *a.shape[axis + 1 :])
+        return jnp.moveaxis(a.reshape(shape), axis, 0)
+
+    def step(total, ends):
+        xl, xu, yl, yu = ends
+        corners = [a[..., None] * b[:, None] for a in (xl, xu) for b in (yl, yu)]
+        low, high = (functools.reduce(f, corners) for f in (jnp.minimum, jnp.maximum))
+        size = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        return tuple(t + v.sum(2) for t, v in zip(total, (low, high, size), strict=True)), None
+
+    zero = jnp.zeros((batch, rows, columns), lower(x).dtype)
+    ends = (blocks(lower(x), 2), blocks(upper(x), 2), blocks(lower(y), 1), blocks(upper(y), 1))
+    (low, high, size), _ = lax.scan(step, (zero, zero, zero), ends)
+    if outward:
+        error = rounding.inflate(size * rounding.gamma(terms + 1), terms + 1)
+        low, high = low - error, high + error
+    shape = eqn.outputs[0].shape
+    return _grow(Box(low.reshape(shape), high.reshape(shape)), rounding.ARITHMETIC, outward)
+
+
+def _as_matrices(value: Value, contract: Sequence[int], pairs: Sequence[int], side: int) -> Box:
+    """An operand of a dot as (batch, free, contracted) on the left, (batch, contracted, free) on
+    the right."""
+
+    def reorder(a):
+        free = [i for i in range(a.ndim) if i not in contract and i not in pairs]
+        order = [*pairs, *free, *contract] if side == 0 else [*pairs, *contract, *free]
+        sizes = [math.prod(a.shape[i] for i in axes) for axes in (pairs, free, contract)]
+        shape = sizes if side == 0 else [sizes[0], sizes[2], sizes[1]]
+        return a.transpose(order).reshape(shape)
+
+    return Box(reorder(lower(value)), reorder(upper(value)))
+
+
+def _dot_general(eqn, values, outward):
+    x, y = values
+    (contract, _) = eqn.params["dimension_numbers"]
+    if all(isinstance(a, Var) and a.bounded for a in eqn.inputs):
+        return _multiply_bounded(eqn, x, y, outward)
+    n = math.prod(eqn.inputs[0].shape[i] for i in contract[0])
+    options = exact_products(outward)
+    if isinstance(eqn.inputs[1], Var) and eqn.inputs[1].bounded:
+        return affine(lambda b, w: eqn.bind(w, b, **options)[0], y, x, n, outward)
+    return affine(lambda b, w: eqn.bind(b, w, **options)[0], x, y, n, outward)
+
+
+def _conv(eqn, values, outward):
+    x, kernel = values
+    spec = eqn.params["dimension_numbers"].rhs_spec
+    n = math.prod(eqn.inputs[1].shape) // eqn.inputs[1].shape[spec[0]]
+    options = exact_products(outward)
+    return affine(lambda b, w: eqn.bind(b, w, **options)[0], x, kernel, n, outward)
+
+
+define("dot_general", _dot_general)
+define("conv_general_dilated", _conv)
+
+
+# --- Comparisons, selections, casts ---------------------------------------------------------------
+#
+# A comparison is a box of booleans, False < True. "Surely" needs the comparison of the ends to be
+# true, "possibly" needs its opposite not to be: a NaN end is then never sure of anything.
+
+define("lt", lambda e, v, o: Box(upper(v[0]) < lower(v[1]), ~(lower(v[0]) >= upper(v[1]))))
+define("le", lambda e, v, o: Box(upper(v[0]) <= lower(v[1]), ~(lower(v[0]) > upper(v[1]))))
+define("gt", lambda e, v, o: Box(lower(v[0]) > upper(v[1]), ~(upper(v[0]) <= lower(v[1]))))
+define("ge", lambda e, v, o: Box(lower(v[0]) >= upper(v[1]), ~(upper(v[0]) < lower(v[1]))))
+
+
+def _eq(eqn, values, outward):
+    x, y = values
+    surely = (lower(x) == upper(y)) & (upper(x) == lower(y))
+    apart = (upper(x) < lower(y)) | (lower(x) > upper(y))
+    return Box(surely, ~apart)
+
+
+def _ne(eqn, values, outward):
+    box = _eq(eqn, values, outward)
+    return Box(~box.upper, ~box.lower)
+
+
+def _select_n(eqn, values, outward):
+    """The chosen case where the choice is sure, else the hull of both."""
+    which, *cases = values
+    if not isinstance(which, Box):
+        ends = ([end(c) for c in cases] for end in (lower, upper))
+        return Box(*[eqn.bind(which, *end)[0] for end in ends])
+    if len(cases) != 2:
+        raise DataDependent(f"a choice among {len(cases)} depends on the input ({eqn.where()})")
+    no, yes = (Box(lower(c), upper(c)) for c in cases)
+    union = _hull(no, yes)
+    return Box(*[
+        jnp.where(which.lower, a, jnp.where(which.upper, both, b))
+        for a, b, both in ((yes.lower, no.lower, union.lower), (yes.upper, no.upper, union.upper))
+    ])  # fmt: skip
+
+
+def _is_finite(eqn, values, outward):
+    x = values[0]
+    sure = jnp.isfinite(lower(x)) & jnp.isfinite(upper(x))
+    return Box(sure, jnp.ones_like(sure))
+
+
+def _convert(eqn, values, outward):
+    """A cast. A proof treats one to a narrower type as an interval of that type's roundoff."""
+    (x,) = values
+    to, source = jnp.dtype(eqn.params["new_dtype"]), jnp.dtype(eqn.inputs[0].dtype)
+    if not jnp.issubdtype(to, jnp.floating):
+        raise DataDependent(
+            f"a bounded value is cast to {to} ({eqn.where()}); integers cannot be bounded"
+        )
+    if not outward:
+        return increasing()(eqn, values, outward)
+    box = Box(*[jnp.asarray(end, jnp.float64) for end in (lower(x), upper(x))])
+    if source == jnp.bool_ or jnp.finfo(to).nmant >= jnp.finfo(source).nmant:
+        return box
+    return _narrowed(box, jnp.finfo(to))
+
+
+def _reduce_precision(eqn, values, outward):
+    if not outward:
+        return increasing()(eqn, values, outward)
+    exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    return _rounded(values[0], 2.0 ** -(mantissa + 1), 2.0 ** (2 - 2 ** (exponent - 1)))
+
+
+def _narrowed(x: Value, info: Any) -> Box:
+    box = _rounded(x, float(info.eps) / 2, float(info.tiny))
+    too_big = ~(jnp.maximum(jnp.abs(lower(x)), jnp.abs(upper(x))) < float(info.max))
+    return _unless(too_big, box)
+
+
+def _rounded(x: Value, unit: float, tiny: float) -> Box:
+    low = lower(x) - (jnp.abs(lower(x)) * unit + tiny)
+    high = upper(x) + (jnp.abs(upper(x)) * unit + tiny)
+    return rounding.widen(Box(low, high), rounding.ARITHMETIC)
+
+
+define("eq", _eq)
+define("ne", _ne)
+define("select_n", _select_n)
+define("is_finite", _is_finite)
+define("convert_element_type", _convert)
+define("reduce_precision", _reduce_precision)

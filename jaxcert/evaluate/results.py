@@ -1,0 +1,145 @@
+"""Results: the certificates of a whole data set, as numpy arrays, built from a log's records."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jaxcert.certificate import Certificate
+from jaxcert.errors import RecordMismatch
+from jaxcert.evaluate import records
+from jaxcert.sets import Box
+
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Results:
+    """Certificates of m images; each row says what a `Certificate` says of its image.
+
+    Attributes:
+      index: int64 (m,), which image of the data set.
+      label: int64 (m,).
+      prediction: int64 (m,), or `ABSTAIN`.
+      radius: float64 (m,).
+      confidence: float64 (m,): 1 for a proof, 1 - alpha for smoothing.
+      norm: the threat's norm as numpy's `ord`; a threat that no norm names is kept as its repr.
+      seconds: float64 (m,), an equal share of its batch's wall time.
+      within: the `Box` the perturbed images must lie in, or None; its ends are scalars, or
+        (m, *input) where they differ.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    radius: np.ndarray
+    confidence: np.ndarray
+    norm: Any
+    seconds: np.ndarray
+    within: Box | None = None
+
+
+def load(path: str | os.PathLike[str]) -> Results:
+    """The results in a log that `run` wrote, finished or not, in the order of the file.
+
+    Raises:
+      RecordMismatch: the file is no log of jaxcert, or its records are not `run`'s.
+      ValueError: it holds no record yet, or a line other than the last is damaged.
+    """
+    found = records.read(path).records
+    if not found:
+        raise ValueError(f"{path} holds no record yet; run(..., path={str(path)!r}) fills it")
+    require_fields(found, path)
+    return from_records(found)
+
+
+_FIELDS = {"index", "label", "prediction", "radius", "confidence", "norm", "seconds", "within"}
+
+
+def require_fields(found: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Raise `RecordMismatch` unless all records of the log at `path` are such as `run` writes."""
+    for line, record in enumerate(found, start=2):
+        if not record.keys() >= _FIELDS:
+            raise RecordMismatch(
+                f"{path} is not a log of evaluate.run: line {line} lacks "
+                f"{sorted(_FIELDS - record.keys())}; read it with evaluate.records.read"
+            )
+
+
+def to_records(
+    certificate: Certificate, index: np.ndarray, label: np.ndarray, seconds: float
+) -> list[Record]:
+    """One record per row of `index`; further rows of the certificate are padding and dropped."""
+    norm = certificate.norm
+    shared = {
+        "norm": float(norm) if isinstance(norm, int | float) else repr(norm),
+        "seconds": seconds / len(index),
+    }
+    columns = {
+        "index": index,
+        "label": label,
+        "prediction": np.asarray(certificate.prediction),
+        "radius": np.asarray(certificate.radius, np.float64),
+        "confidence": np.asarray(certificate.confidence, np.float64),
+    }
+    return [
+        {name: column[i].item() for name, column in columns.items()}
+        | {"within": _row_of(certificate.within, i)}
+        | shared
+        for i in range(len(index))
+    ]
+
+
+def from_records(found: Sequence[Mapping[str, Any]]) -> Results:
+    """The results that at least one record of `run` makes up."""
+    norms = {record["norm"] for record in found}
+    if len(norms) > 1:
+        raise RecordMismatch(f"the records mix the norms {sorted(map(str, norms))}; split them")
+
+    def column(name: str, dtype: Any) -> np.ndarray:
+        return np.array([record[name] for record in found], dtype)
+
+    return Results(
+        index=column("index", np.int64),
+        label=column("label", np.int64),
+        prediction=column("prediction", np.int64),
+        radius=column("radius", np.float64),
+        confidence=column("confidence", np.float64),
+        norm=norms.pop(),
+        seconds=column("seconds", np.float64),
+        within=_joined([record["within"] for record in found]),
+    )
+
+
+def _row_of(within: Any, i: int) -> Record | None:
+    """Image i's share of a certificate's `within`, in JSON types; one number where it is constant.
+
+    Box ends are scalars or (b, *input), as everywhere in jaxcert; a batch axis of 1 is for all.
+    """
+    if within is None:
+        return None
+    if not isinstance(within, Box):
+        raise TypeError(f"within must be a Box or None, got {type(within).__name__}")
+
+    def share(end: Any) -> Any:
+        end = np.asarray(end, np.float64)
+        end = end[i if len(end) > 1 else 0] if end.ndim else end
+        return end.flat[0].item() if np.all(end == end.flat[0]) else end.tolist()
+
+    return {"lower": share(within.lower), "upper": share(within.upper)}
+
+
+def _joined(boxes: Sequence[Record | None]) -> Box | None:
+    rows = [box for box in boxes if box is not None]
+    if not rows:
+        return None
+    if len(rows) < len(boxes):
+        raise RecordMismatch("some records are restricted to a box and some are not; split them")
+
+    def end(name: str) -> Any:
+        values = np.stack(np.broadcast_arrays(*[np.asarray(row[name], np.float64) for row in rows]))
+        return values[0].item() if values.ndim == 1 and np.all(values == values[0]) else values
+
+    return Box(end("lower"), end("upper"))

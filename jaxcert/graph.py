@@ -1,0 +1,306 @@
+"""Models as flat graphs: a traced function as equations without calls, loops or dead code.
+
+`trace(f, x)` runs the function abstractly, enters jit, custom derivatives, remat and scan, picks or
+merges the branches of cond, folds what is exactly known, drops what nothing reads, and checks that
+the rows of the batch stay apart (`rows.py`). Every bound propagator walks the resulting `Graph`.
+
+An equation is *bounded* if its value depends on the input. Float arithmetic on weights alone stays
+in the graph as unbounded equations, because a proof must count its rounding too; integers and pure
+data movement are folded away.
+
+This is the only file that touches JAX's program representation (`jax.extend.core`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxcert.errors import DataDependent, UnsupportedEquation
+from jaxcert.model import is_traced
+
+Array: TypeAlias = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Var:
+    """A value of the graph that is not known when tracing; compared by identity."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    bounded: bool  # whether it depends on the input
+
+
+Atom: TypeAlias = Var | Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """outputs = name(inputs), one step of a graph.
+
+    `primitive` is JAX's primitive; it is None where the equation stands for a known function
+    (`idioms.py`) whose own equations are then in `inner`.
+    """
+
+    name: str
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Var, ...]
+    params: dict[str, Any]
+    primitive: Any = None
+    source: Any = None
+    inner: "Graph | None" = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether any output depends on the input."""
+        return any(out.bounded for out in self.outputs)
+
+    def bind(self, *values: Any, **overrides: Any) -> list[Any]:
+        """The outputs at concrete or traced values, with some parameters replaced."""
+        if self.inner is not None:
+            return evaluate(self.inner, *values)
+        return _bind(self.primitive, values, {**self.params, **overrides})
+
+    def where(self) -> str:
+        """Where in the user's model the equation came from, for error messages."""
+        return _where(self.source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A function as equations in order of evaluation."""
+
+    inputs: tuple[Var, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Atom, ...]
+
+
+def trace(f: Callable[..., Any], *specs: Any, bounded: Sequence[bool] | None = None) -> Graph:
+    """The graph of f at arguments of the given shapes and dtypes.
+
+    Args:
+      f: a function of arrays returning an array or a tuple of arrays.
+      *specs: arrays or `jax.ShapeDtypeStruct`s, one per argument.
+      bounded: which arguments count as the bounded input; all by default.
+    """
+    closed = jax.make_jaxpr(lambda *args: f(*args))(*specs)
+    flags = [True] * len(specs) if bounded is None else list(bounded)
+    jaxpr, consts = _open(closed)
+    inputs = tuple(
+        Var(tuple(v.aval.shape), v.aval.dtype, flag)
+        for v, flag in zip(jaxpr.invars, flags, strict=True)
+    )
+    equations: list[Equation] = []
+    outputs = _flatten(jaxpr, consts, inputs, equations)
+    return prune(Graph(inputs, tuple(equations), tuple(outputs)))
+
+
+def prune(graph: Graph) -> Graph:
+    """The graph without equations that no output depends on."""
+    live = {atom for atom in graph.outputs if isinstance(atom, Var)}
+    kept = []
+    for eqn in reversed(graph.equations):
+        if any(out in live for out in eqn.outputs):
+            kept.append(eqn)
+            live.update(atom for atom in eqn.inputs if isinstance(atom, Var))
+    return dataclasses.replace(graph, equations=tuple(reversed(kept)))
+
+
+def evaluate(graph: Graph, *values: Any) -> list[Any]:
+    """The graph's outputs at plain arrays."""
+    env: dict[Var, Any] = dict(zip(graph.inputs, values, strict=True))
+    for eqn in graph.equations:
+        results = eqn.bind(*[read(env, atom) for atom in eqn.inputs])
+        env.update(zip(eqn.outputs, results, strict=True))
+    return [read(env, atom) for atom in graph.outputs]
+
+
+def read(env: dict[Var, Any], atom: Atom) -> Any:
+    """The value of an atom: a known array stands for itself."""
+    return env[atom] if isinstance(atom, Var) else atom
+
+
+def unsupported(eqn: Equation, method: str, hint: str) -> UnsupportedEquation:
+    """The error for an equation that a method has no rule for."""
+    shapes = ", ".join(
+        str(jnp.shape(a)) if not isinstance(a, Var) else str(a.shape) for a in eqn.inputs
+    )
+    return UnsupportedEquation(
+        f"{method} has no rule for the primitive '{eqn.name}' on operands {shapes} "
+        f"({eqn.where()}); {hint}"
+    )
+
+
+# --- Flattening -----------------------------------------------------------------------------------
+
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+_IDENTITIES = frozenset(
+    {"copy", "copy_p", "sharding_constraint", "optimization_barrier", "reduce_precision_noop"}
+)
+
+# Primitives without arithmetic: on known arrays their result is exact, so it is known too.
+_EXACT = frozenset({
+    "reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "concatenate",
+    "rev", "pad", "gather", "dynamic_slice", "split", "stack", "unstack", "select_n", "neg", "abs",
+    "sign", "max", "min", "clamp", "iota", "convert_element_type", "bitcast_convert_type",
+    "stop_gradient", "random_bits", "random_wrap", "random_unwrap", "random_fold_in",
+    "random_split", "is_finite", "reduce_max", "reduce_min", "sort", "lt", "le", "gt", "ge", "eq", "ne",
+})  # fmt: skip
+
+
+def _open(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants, whether it came closed or open."""
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+
+
+def _flatten(
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], out: list[Equation]
+) -> list[Atom]:
+    """Append the equations of a jaxpr, applied to args, to `out`; returns its output atoms."""
+    env: dict[Any, Atom] = dict(
+        zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+    )
+
+    def atom(v: Any) -> Atom:
+        if not isinstance(v, core.Literal):
+            return env[v]
+        aval: Any = v.aval
+        return np.asarray(v.val, aval.dtype)
+
+    for eqn in jaxpr.eqns:
+        results = _flatten_equation(eqn, [atom(v) for v in eqn.invars], out)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [atom(v) for v in jaxpr.outvars]
+
+
+def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[Atom]:
+    name = eqn.primitive.name
+    if name in _IDENTITIES or (name == "convert_element_type" and _keeps_dtype(eqn)):
+        return list(args)
+    if name in _CALLS:
+        return _flatten(*_open(eqn.params[_CALLS[name]]), args, out)
+    unknown = [a for a in args if isinstance(a, Var)]
+    if not unknown and (name in _EXACT or not _any_float(eqn.outvars)):
+        return _fold(eqn, args)
+    if name == "scan":
+        return _unroll(eqn, args, out)
+    if name == "cond":
+        return _merge_branches(eqn, args, out)
+    bounded = any(a.bounded for a in unknown)
+    if name == "while" and bounded:
+        raise DataDependent(
+            f"a while loop runs over bounded values ({_where(eqn.source_info)}); "
+            "use a fixed number of steps (lax.scan, lax.fori_loop with constant limits)"
+        )
+    outputs = [Var(tuple(v.aval.shape), v.aval.dtype, bounded) for v in eqn.outvars]
+    out.append(
+        Equation(name, tuple(args), tuple(outputs), eqn.params, eqn.primitive, eqn.source_info)
+    )
+    return list(outputs)
+
+
+def _keeps_dtype(eqn: Any) -> bool:
+    return eqn.invars[0].aval.dtype == eqn.params["new_dtype"]
+
+
+def _any_float(outvars: Sequence[Any]) -> bool:
+    return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in outvars)
+
+
+def _fold(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation on known arrays, concrete whenever the arrays are."""
+    if is_traced(*args):
+        return _bind(eqn.primitive, args, eqn.params)
+    with jax.ensure_compile_time_eval():
+        return _bind(eqn.primitive, args, eqn.params)
+
+
+def _bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    results = primitive.bind(*values, **primitive.get_bind_params(params))
+    return list(results) if primitive.multiple_results else [results]
+
+
+def _inline(f: Callable[..., Any], args: Sequence[Atom], out: list[Equation]) -> list[Atom]:
+    """Append the equations of a small function of ours applied to atoms."""
+    specs = [
+        jax.ShapeDtypeStruct(jnp.shape(a) if not isinstance(a, Var) else a.shape, a.dtype)
+        for a in args
+    ]
+    return _flatten(*_open(jax.make_jaxpr(f)(*specs)), args, out)
+
+
+def _unroll(eqn: Any, args: list[Atom], out: list[Equation]) -> list[Atom]:
+    """A scan as `length` copies of its body.
+
+    The parameters that count constants and carries differ between JAX versions, the ranks do not:
+    scanned operands and stacked results have one axis more outside of the body than inside.
+    """
+    body, consts = _open(eqn.params["jaxpr"])
+    scanned = sum(o.aval.ndim != i.aval.ndim for o, i in zip(eqn.invars, body.invars, strict=True))
+    carried = sum(
+        o.aval.ndim == i.aval.ndim for o, i in zip(eqn.outvars, body.outvars, strict=True)
+    )
+    first_scanned = len(args) - scanned
+    fixed, carry = args[: first_scanned - carried], args[first_scanned - carried : first_scanned]
+    steps = range(eqn.params["length"])
+    stacked: dict[int, list[Atom]] = {}
+    for t in reversed(steps) if eqn.params["reverse"] else steps:
+        index = functools.partial(jax.lax.index_in_dim, index=t, axis=0, keepdims=False)
+        rows = [_inline(index, [xs], out)[0] for xs in args[first_scanned:]]
+        results = _flatten(body, consts, [*fixed, *carry, *rows], out)
+        carry, stacked[t] = results[:carried], results[carried:]
+    if not steps:
+        empty = eqn.outvars[carried:]
+        return [*carry, *(np.zeros(v.aval.shape, v.aval.dtype) for v in empty)]
+    columns = zip(*(stacked[t] for t in steps), strict=True)
+    return [*carry, *(_inline(lambda *ys: jnp.stack(ys), column, out)[0] for column in columns)]
+
+
+def _merge_branches(eqn: Any, args: list[Atom], out: list[Equation]) -> list[Atom]:
+    """A cond whose index does not depend on the input: the branch taken, or all and a selection."""
+    index, operands = args[0], args[1:]
+    if isinstance(index, Var):
+        raise DataDependent(
+            f"control flow depends on bounded values in `cond` ({_where(eqn.source_info)}); "
+            "write it with jnp.where, which bounds both branches"
+        )
+    branches = eqn.params["branches"]
+    if not is_traced(index):
+        taken = int(np.clip(int(index), 0, len(branches) - 1))
+        return _flatten(*_open(branches[taken]), operands, out)
+    results = [_flatten(*_open(branch), operands, out) for branch in branches]
+    which = jnp.clip(index, 0, len(branches) - 1).astype(jnp.int32)
+    return [_inline(jax.lax.select_n, [which, *cases], out)[0]
+            for cases in zip(*results, strict=True)]  # fmt: skip
+
+
+def _where(source: Any) -> str:
+    """The module path (Linen records one) and the innermost line outside of JAX and Flax."""
+    if source is None:
+        return "in a reference function"
+    place = []
+    if str(source.name_stack):
+        place.append(f"in {source.name_stack}")
+    for frame in getattr(source.traceback, "frames", ()):
+        path = frame.file_name.replace("\\", "/")
+        if not any(part in path for part in ("/jax/", "/flax/", "/jaxcert/", "<frozen")):
+            place.append(f"at {frame.file_name}:{frame.line_num} in {frame.function_name}")
+            break
+    return ", ".join(place) or "at an unknown place"

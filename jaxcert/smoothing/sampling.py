@@ -1,0 +1,103 @@
+"""Counting the votes of a model under noise: one jitted loop, known memory, reproducible draws.
+
+Promises, whatever the chunk size, the batch and the order of its images:
+
+- noise number s of the image numbered i is `noise.sample(fold_in(fold_in(key, i), s))`;
+- estimation takes the numbers 0, 1, ..., n - 1, and selection counts down from 2^32 - 1, so that
+  the two never share a draw and a longer run starts with the draws of a shorter one;
+- the model is only ever run on batches of exactly `chunk` copies of one image, because the float
+  logits of a row depend on the shape of its batch: the compiled model is the certified one. A
+  partly used last batch is filled up with draws that are not counted.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.certificate import ABSTAIN, predicted_class
+from jaxcert.model import Model, output_shape
+from jaxcert.smoothing.noise import Noise, no_contraction
+
+Array: TypeAlias = jax.Array
+
+
+def noisy_copies(key: Array, x: Array, numbers: Array, noise: Noise) -> Array:
+    """x (*input) plus noise number s, for every s of `numbers` (c,), as (c, *input).
+
+    `key` is the image's own: `fold_in(key, i)`.
+    """
+
+    def draw(number: Array) -> Array:
+        return noise.sample(jax.random.fold_in(key, number), x.shape, x.dtype)
+
+    return (x + no_contraction(jax.vmap(draw)(numbers))).astype(x.dtype)
+
+
+def count_votes(
+    key: Array, f: Model, x: Array, index: Array, *, noise: Noise, n: int, n0: int, chunk: int
+) -> tuple[Array, Array]:
+    """How often f predicts each class under noise.
+
+    A sample whose logits are not all finite votes for no class. At most `chunk` noisy copies exist
+    at a time, whatever b is: the memory is chunk (d + the activations of one forward pass per row)
+    floats, plus 2 k ints per image.
+
+    Args:
+      key: a scalar `jax.random.key`.
+      f: the model, (c, *input) -> (c, k).
+      x: (b, *input).
+      index: ints (b,), the numbers of the images.
+      noise: the distribution.
+      n, n0: draws for estimation and for selection, n + n0 < 2^31.
+      chunk: rows of one forward pass.
+
+    Returns:
+      int32 (b, k) votes in the n draws, and (b, k) in the n0 draws.
+    """
+    key = threefry_key(key)
+    batch = jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
+    k = output_shape(f, batch).shape[1]
+    if k < 2:
+        raise ValueError(
+            f"the model must tell at least 2 classes apart, got logits of shape (b, {k}); "
+            "for a single logit z return jnp.concatenate([-z, z], axis=1)"
+        )
+    chunks = -(-(n + n0) // chunk)
+
+    def count_image(image: tuple[Array, Array]) -> Array:
+        pixels, number = image
+        image_key = jax.random.fold_in(key, number)
+
+        def count_chunk(c: Array, counts: Array) -> Array:
+            draw, stage = _schedule(c, n, n0, chunk)
+            classes = predicted_class(f(noisy_copies(image_key, pixels, draw, noise)))
+            # Abstentions and draws beyond n + n0 fall out of the table.
+            classes = jnp.where(classes == ABSTAIN, k, classes)
+            return counts.at[stage, classes].add(1, mode="drop")
+
+        return jax.lax.fori_loop(0, chunks, count_chunk, jnp.zeros((2, k), jnp.int32))
+
+    counts = jax.lax.map(count_image, (x, index))
+    return counts[:, 0], counts[:, 1]
+
+
+def _schedule(c: Array, n: int, n0: int, chunk: int) -> tuple[Array, Array]:
+    """The draw numbers of chunk c and their stages: 0 estimation, 1 selection, 2 not counted."""
+    row = c.astype(jnp.uint32) * jnp.uint32(chunk) + jnp.arange(chunk, dtype=jnp.uint32)
+    stage = (row >= n).astype(jnp.int32) + (row >= n + n0).astype(jnp.int32)
+    # ~j is 2^32 - 1 - j.
+    draw = jnp.where(row < n, row, ~(row - jnp.uint32(n)))
+    return draw, stage
+
+
+def threefry_key(key: Any) -> Array:
+    """The key itself, or for another generator a threefry key drawn from it.
+
+    Other generators give other bits when a batch of keys is drawn from at once, which would break
+    the promise that noise does not depend on the chunk.
+    """
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    return jax.random.wrap_key_data(seed, impl="threefry2x32")
