@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcert.floats import rounded_down
 from jaxcert.sets import Box
@@ -66,9 +67,15 @@ def issue(
 
 
 def predicted_class(logits: Array) -> Array:
-    """argmax of each row of (b, k) logits, `ABSTAIN` where any logit is not finite."""
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.where(finite, jnp.argmax(logits, axis=-1), ABSTAIN).astype(jnp.int32)
+    """The first largest of each row of (b, k) logits, `ABSTAIN` where any logit is not finite.
+
+    Not by argmax, which JAX cannot lower for float64 logits of a caller in float32.
+    """
+    k = logits.shape[-1]
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    position = np.arange(k, dtype=np.int32)
+    first = jnp.min(jnp.where(logits == top, position, np.int32(k - 1)), axis=-1)
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), first, np.int32(ABSTAIN))
 
 
 class Status(enum.IntEnum):

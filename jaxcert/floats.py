@@ -1,5 +1,6 @@
 """Floating point that proofs can rely on: directed rounding, and float64 as IEEE defines it."""
 
+import math
 from typing import Any
 
 import jax
@@ -24,7 +25,13 @@ def _rounded(x: jax.Array, dtype: Any, towards: float) -> jax.Array:
         return x
     back = nearest.astype(x.dtype)
     overshot = back > x if towards < 0 else back < x
-    return jnp.where(overshot, _next(nearest, jnp.full_like(nearest, towards)), nearest)
+    rounded = jnp.where(overshot, _next(nearest, jnp.full_like(nearest, towards)), nearest)
+    # Below the smallest normal number results are flushed to zero, whose neighbour may not be far
+    # enough: there the result is zero, or the normal number on the other side of x.
+    tiny = float(jnp.finfo(dtype).tiny)
+    away = x < 0 if towards < 0 else x > 0
+    edge = jnp.where(away, math.copysign(tiny, towards), 0.0).astype(dtype)
+    return jnp.where((jnp.abs(x) < tiny) & (x != 0), edge, rounded)
 
 
 @jax.custom_jvp

@@ -9,7 +9,7 @@ the reference in `inner` for methods without a rule of their own.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,44 +27,40 @@ class Idiom:
     Attributes:
       name: what its equation is called.
       last: the primitive that yields its result, where a match starts.
-      reference: the function of the bounded operand, then of `scalars` constants.
-      scalars: how many scalar constants follow (a slope, say); the equation gets them as operands.
+      reference: the function of the bounded operand and the further ones below.
+      scalars: how many scalar constants follow (a slope, say).
+      along_axes: whether it sums along axes, which `reference` then takes as `axes`, and the
+        equation as its parameter.
+      shifted: whether a bounded operand of size 1 along the axes follows.
     """
 
     name: str
     last: str
     reference: Callable[..., Any]
     scalars: int = 0
+    along_axes: bool = False
+    shifted: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class AxisIdiom:
-    """A function that normalises along an axis, whatever shift `m` it subtracts first.
-
-    Attributes:
-      name: what its equation is called; its parameter `axis` says along which axis.
-      last: the primitive that yields its result.
-      reference: the function of (x, m, axis), m having size 1 along the axis.
-    """
-
-    name: str
-    last: str
-    reference: Callable[..., Any]
-
-
-# exp(x - m) / sum(exp(x - m)) is softmax(x) for every finite m that is constant along the axis, so
-# the equation drops m: any expression may stand in its place. The same holds for log_softmax.
-def _softmax(x, m, axis):
+# exp(x - m) / sum(exp(x - m)) is softmax(x) for every finite m that is constant along the axes:
+# any expression may stand in its place. The same holds for log_softmax.
+def _softmax(x, m, *, axes):
     e = jnp.exp(x - m)
-    return e / jnp.sum(e, axis, keepdims=True)
+    return e / jnp.sum(e, axes, keepdims=True)
 
 
-def _log_softmax(x, m, axis):
+def _log_softmax(x, m, *, axes):
     shifted = x - m
-    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis, keepdims=True))
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axes, keepdims=True))
 
 
-IDIOMS: list[Idiom | AxisIdiom] = [
+def _variance(x, *, axes):
+    """As in Flax's normalisation layers: E[x^2] - E[x]^2, cut off at 0."""
+    mean_of_squares = jnp.mean(jnp.square(x), axes)
+    return jnp.maximum(0.0, mean_of_squares - jnp.square(jnp.mean(x, axes)))
+
+
+IDIOMS = (
     Idiom("relu", "select_n", lambda x: jnp.where(x > 0, x, 0.0)),
     Idiom("relu", "select_n", lambda x: jnp.where(x >= 0, x, 0.0)),
     Idiom("leaky_relu", "select_n", jax.nn.leaky_relu, scalars=1),
@@ -80,9 +76,10 @@ IDIOMS: list[Idiom | AxisIdiom] = [
     Idiom("hard_swish", "mul", jax.nn.hard_swish),
     Idiom("square", "mul", lambda x: x * x),
     Idiom("soft_sign", "div", jax.nn.soft_sign),
-    AxisIdiom("softmax", "div", _softmax),
-    AxisIdiom("log_softmax", "sub", _log_softmax),
-]
+    Idiom("softmax", "div", _softmax, along_axes=True, shifted=True),
+    Idiom("log_softmax", "sub", _log_softmax, along_axes=True, shifted=True),
+    Idiom("variance", "max", _variance, along_axes=True),
+)
 
 
 def simplify(graph: Graph) -> Graph:
@@ -98,49 +95,61 @@ def simplify(graph: Graph) -> Graph:
 
 def _recognise(eqn: Equation, producers: dict[Var, Equation]) -> Equation:
     if eqn.bounded:
-        out = eqn.outputs[0]
         for idiom in IDIOMS:
-            if idiom.last == eqn.name:
-                for axis, reference in _references(idiom, out.shape, jnp.dtype(out.dtype).name):
-                    if operands := _match(reference, out, producers):
-                        kept = operands if isinstance(idiom, Idiom) else operands[:1]
-                        params = {} if axis is None else {"axis": axis}
-                        return dataclasses.replace(
-                            eqn, name=idiom.name, inputs=kept, params=params, primitive=None,
-                            inner=_as_function(idiom, axis, kept, out),
-                        )  # fmt: skip
+            if idiom.last == eqn.name and (found := _find(idiom, eqn, producers)):
+                return found
     return eqn
 
 
+def _find(idiom: Idiom, eqn: Equation, producers: dict[Var, Equation]) -> Equation | None:
+    out, params, shape = eqn.outputs[0], {}, eqn.outputs[0].shape
+    if idiom.along_axes:
+        total = _nearest_sum(eqn, producers)
+        if total is None:
+            return None
+        shape, params = tuple(total.inputs[0].shape), {"axes": tuple(total.params["axes"])}
+        if idiom.shifted and len(params["axes"]) != 1:
+            return None
+    # Part of the key: how JAX types the numbers written in a reference depends on the x64 mode.
+    mode = jnp.dtype(jnp.result_type(float)).name
+    reference = _reference(idiom, shape, jnp.dtype(out.dtype).name, params.get("axes"), mode)
+    operands = _match(reference, out, producers)
+    if operands is None:
+        return None
+    return dataclasses.replace(
+        eqn, name=idiom.name, inputs=operands, params=params, primitive=None, inner=reference
+    )
+
+
+def _nearest_sum(eqn: Equation, producers: dict[Var, Equation], depth: int = 5) -> Equation | None:
+    """The first reduce_sum found going back from an equation, last operands first."""
+    for atom in reversed(eqn.inputs):
+        source = producers.get(atom) if isinstance(atom, Var) else None
+        if source is not None and source.name == "reduce_sum":
+            return source
+        if (
+            source is not None
+            and depth > 1
+            and (found := _nearest_sum(source, producers, depth - 1))
+        ):
+            return found
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
-def _references(
-    idiom: Idiom | AxisIdiom, shape: tuple[int, ...], dtype: str
-) -> tuple[tuple[int | None, Graph], ...]:
-    """The reference traced at a shape, for an axis idiom once per axis."""
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    if isinstance(idiom, Idiom):
-        scalar = jax.ShapeDtypeStruct((), dtype, weak_type=True)
-        bounded = [True] + [False] * idiom.scalars
-        return ((None, trace(idiom.reference, x, *[scalar] * idiom.scalars, bounded=bounded)),)
-    return tuple(_per_axis(idiom, shape, dtype))
-
-
-def _per_axis(idiom: AxisIdiom, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[int, Graph]]:
-    x = jax.ShapeDtypeStruct(shape, dtype)
-    for axis in range(len(shape)):
-        m = jax.ShapeDtypeStruct((*shape[:axis], 1, *shape[axis + 1 :]), dtype)
-        yield axis, trace(functools.partial(idiom.reference, axis=axis), x, m)
-
-
-def _as_function(
-    idiom: Idiom | AxisIdiom, axis: int | None, operands: tuple[Atom, ...], out: Var
+def _reference(
+    idiom: Idiom, shape: tuple[int, ...], dtype: str, axes: tuple[int, ...] | None, mode: str
 ) -> Graph:
-    """The idiom as a graph of the operands its equation has."""
-    dtype = jnp.dtype(out.dtype).name
-    if isinstance(idiom, Idiom):
-        return _references(idiom, out.shape, dtype)[0][1]
-    safe = getattr(jax.nn, idiom.name)  # with the shift that keeps exp from overflowing
-    return trace(lambda x: safe(x, axis=axis), jax.ShapeDtypeStruct(out.shape, dtype))
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    scalar = jax.ShapeDtypeStruct((), dtype, weak_type=True)
+    operands, bounded = [x] + [scalar] * idiom.scalars, [True] + [False] * idiom.scalars
+    f = idiom.reference
+    if axes is not None:
+        f = functools.partial(f, axes=axes)
+    if idiom.shifted:
+        kept = [1 if axis in axes else size for axis, size in enumerate(shape)]  # type: ignore
+        operands, bounded = [x, jax.ShapeDtypeStruct(tuple(kept), dtype)], [True, True]
+    return trace(f, *operands, bounded=bounded)
 
 
 def _match(reference: Graph, out: Var, producers: dict[Var, Equation]) -> tuple[Atom, ...] | None:

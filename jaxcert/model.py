@@ -67,15 +67,31 @@ def as_float64(tree: Any) -> Any:
 
     def widen(leaf):
         if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.asarray(leaf, jnp.float64)
+            return _float64(jnp.asarray(leaf))
         return leaf
 
     return jax.tree.map(widen, tree)
 
 
+def _float64(x: Array) -> Array:
+    """x in float64, subnormal numbers included, which XLA's cast flushes to zero on CPU."""
+    wide = x.astype(jnp.float64)
+    info = jnp.finfo(x.dtype)
+    if info.bits >= 64:
+        return wide
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{info.bits}"))
+    mantissa = bits & (2**info.nmant - 1)
+    size = mantissa.astype(jnp.float64) * 2.0 ** (info.minexp - info.nmant)
+    subnormal = (mantissa != 0) & (((bits >> info.nmant) & (2**info.nexp - 1)) == 0)
+    return jnp.where(subnormal, jnp.where(jnp.signbit(x), -size, size), wide)
+
+
 def output_shape(f: Model, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of f(x) without running it; anything but float (b, k) logits raises."""
-    out = jax.eval_shape(lambda a: f(a), jax.ShapeDtypeStruct(jnp.shape(x), x.dtype))
+    arrays, structure = split(f)  # rebuilt under the trace: a Flax module may touch its state
+    out = jax.eval_shape(
+        lambda a: structure.build(arrays)(a), jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+    )
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(
             f"the model must return one array of logits (b, k), got {type(out).__name__}"

@@ -302,7 +302,7 @@ FOLLOW.update(
 )
 FOLLOW.update(
     dict.fromkeys(
-        ("cumsum", "cummax", "cummin", "cumlogsumexp", "cumprod", "softmax", "log_softmax"),
+        ("cumsum", "cummax", "cummin", "cumlogsumexp", "cumprod"),
         _along_other_axes(lambda params: (params["axis"],)),
     )
 )
@@ -313,6 +313,9 @@ FOLLOW.update(
     )
 )
 FOLLOW.update(
+    softmax=_along_other_axes(lambda params: params["axes"]),
+    log_softmax=_along_other_axes(lambda params: params["axes"]),
+    variance=_removes(lambda params: params["axes"]),
     squeeze=_removes(lambda params: params["dimensions"]),
     unstack=_removes(lambda params: (params["axis"],)),
     sort=_along_other_axes(lambda params: (params["dimension"],)),

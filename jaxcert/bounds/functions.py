@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds.interpreter import Rule, Value, define, lower, output, upper
+from jaxcert.bounds.rules import unless
 from jaxcert.graph import Equation, trace
 from jaxcert.idioms import simplify
 from jaxcert.sets import Array, Box
@@ -39,10 +40,11 @@ def _increasing(eqn, values, outward):
 def _bends_at_zero(eqn, values, outward):
     """f(0) = 0, monotone on either side of it, in whichever direction."""
     low, high = _ends(eqn, values, outward)
-    zero = jnp.where((lower(values[0]) <= 0) & (upper(values[0]) >= 0), 0.0, jnp.nan)
+    least, most = jnp.minimum(low.lower, high.lower), jnp.maximum(low.upper, high.upper)
+    spans = (lower(values[0]) <= 0) & (upper(values[0]) >= 0)
     return Box(
-        jnp.fmin(jnp.minimum(low.lower, high.lower), zero),
-        jnp.fmax(jnp.maximum(low.upper, high.upper), zero),
+        jnp.where(spans, jnp.minimum(least, 0.0), least),
+        jnp.where(spans, jnp.maximum(most, 0.0), most),
     )
 
 
@@ -78,11 +80,15 @@ define("hard_swish", valley(-1.5, -0.375))
 
 # softmax_i rises with x_i and falls with every other x_j. With
 #     z_i = a_i - log sum_{j != i} e^{b_j},
-# softmax_i = logistic(z_i) and log softmax_i = -softplus(-z_i); a = l, b = u gives the lower end
-# and a = u, b = l the upper one. The sum is shifted by its own largest term, so that it lies between 1
-# and k and neither under- nor overflows: that is the largest b, and for the entry that is itself
+# softmax_i = logistic(z_i) and log softmax_i = -softplus(-z_i); a = l, b = u give the lower end
+# and a = u, b = l the upper one. The sum is shifted by its own largest term, so that it lies between
+# 1 and k and neither under- nor overflows: that is the largest b, and for the entry that is itself
 # the largest, the second largest. Sums without one term are running sums from both sides, because
-# subtracting the term would cancel.
+# subtracting the term would cancel. What the model itself subtracts first does not matter if finite.
+#
+# An entry masked by -inf counts as the least finite number: e^b is then as good as zero beside any
+# entry that is not near that number itself, and where all are, nothing is known. Its own lower end
+# is the limit, 0 or -inf.
 
 
 def _log_odds(a: Array, b: Array, top: Array, axis: int) -> Array:
@@ -112,11 +118,19 @@ def normaliser(link: Callable[[Array], Array]) -> Rule:
     """softmax or log softmax, as an increasing function of the log odds."""
 
     def rule(eqn, values, outward):
-        (x,), axis = values, eqn.params["axis"]
+        (x, shift), (axis,) = values, eqn.params["axes"]
         if lower(x).shape[axis] == 1:
             return Box(*[link(jnp.full_like(end, jnp.inf)) for end in (lower(x), upper(x))])
 
+        least = float(jnp.finfo(lower(x).dtype).min)
+        masked = lower(x) == -jnp.inf
+        unclear = jnp.any(masked, axis, keepdims=True) & (
+            jnp.max(lower(x), axis, keepdims=True) < least / 2
+        )
+        unclear |= ~(jnp.isfinite(lower(shift)) & jnp.isfinite(upper(shift)))
+
         def end(a, b):
+            a, b = jnp.maximum(a, least), jnp.maximum(b, least)
             largest = b == jnp.max(b, axis, keepdims=True)
             top = largest & (jax.lax.cumsum(largest.astype(jnp.int32), axis) == 1)
             if not outward:
@@ -126,10 +140,61 @@ def normaliser(link: Callable[[Array], Array]) -> Rule:
             return output(graph, [Box(a, a), Box(b, b), top], outward)
 
         low, high = end(lower(x), upper(x)), end(upper(x), lower(x))
-        return Box(lower(low), upper(high))
+        limit = link(jnp.full((), -jnp.inf, lower(x).dtype))
+        return unless(unclear, Box(jnp.where(masked, limit, lower(low)), upper(high)))
 
     return rule
 
 
 define("softmax", normaliser(jax.nn.sigmoid))
 define("log_softmax", normaliser(lambda z: -jax.nn.softplus(-z)))
+
+
+# The variance of n numbers is min_t mean (x_i - t)^2, so the mean of the largest squares about any
+# one t is an upper bound. With P the projection x -> x - mean(x) it is also |P x|^2 / n, which is
+# convex, so that each tangent v gives a lower bound that is linear in x,
+#     |P x|^2 >= 2 <P v, x> - |P v|^2.
+# The best v is the point of the box whose entries lie nearest to a common t; any v is sound.
+
+
+def _largest_mean_square(low: Array, high: Array, t: Array, axes: tuple[int, ...]) -> Array:
+    return jnp.mean(jnp.maximum(jnp.square(low - t), jnp.square(high - t)), axes)
+
+
+def _tangent(x: Array, v: Array, axes: tuple[int, ...]) -> Array:
+    direction = v - jnp.mean(v, axes, keepdims=True)
+    return jnp.mean(2 * direction * x, axes) - jnp.mean(jnp.square(direction), axes)
+
+
+def _most_alike(low: Array, high: Array, axes: tuple[int, ...]) -> Array:
+    """The point of the box nearest to a common t; t by bisection on the sum of the distances."""
+
+    def halve(_, ends):
+        a, b = ends
+        t = a / 2 + b / 2
+        rises = jnp.sum(t - jnp.clip(t, low, high), axes, keepdims=True) > 0
+        return jnp.where(rises, a, t), jnp.where(rises, t, b)
+
+    ends = jnp.min(low, axes, keepdims=True), jnp.max(high, axes, keepdims=True)
+    a, b = jax.lax.fori_loop(0, 60, halve, ends)
+    return jnp.clip(a / 2 + b / 2, low, high)
+
+
+def _variance(eqn, values, outward):
+    x, axes = values[0], eqn.params["axes"]
+    t = jnp.mean(lower(x) / 2 + upper(x) / 2, axes, keepdims=True)
+    v = jax.lax.stop_gradient(_most_alike(lower(x), upper(x), axes))
+    above = functools.partial(_largest_mean_square, axes=axes)
+    below = functools.partial(_tangent, axes=axes)
+    low = _enclosed(below, [Box(lower(x), upper(x)), v], outward)
+    high = _enclosed(above, [lower(x), upper(x), t], outward)
+    return Box(jnp.maximum(lower(low), 0), upper(high))
+
+
+def _enclosed(f: Callable[..., Array], values: Sequence[Value], outward: bool) -> Value:
+    """f over boxes and, in a proof, with its own rounding counted."""
+    boxes = [v if isinstance(v, Box) or not outward else Box(v, v) for v in values]
+    return output(trace(f, *map(lower, boxes)), boxes, outward)
+
+
+define("variance", _variance)

@@ -29,7 +29,7 @@ def _hull(a: Box, b: Box) -> Box:
     return Box(jnp.minimum(a.lower, b.lower), jnp.maximum(a.upper, b.upper))
 
 
-def _unless(bad: Array, box: Box) -> Box:
+def unless(bad: Array, box: Box) -> Box:
     """The box, or nothing known (NaN) where the function is undefined somewhere in it."""
     return Box(jnp.where(bad, jnp.nan, box.lower), jnp.where(bad, jnp.nan, box.upper))
 
@@ -68,7 +68,7 @@ SHAPE_ONLY = """
 """
 define(SHAPE_ONLY, increasing())
 define("max min clamp reduce_max reduce_min reduce_window_max reduce_window_min", increasing())
-define("cummax cummin sort sign floor ceil round and or reduce_and reduce_or relu", increasing())
+define("cummax cummin sign floor ceil round and or reduce_and reduce_or", increasing())
 define("neg not", decreasing())
 define("add", increasing(rounding.ARITHMETIC))
 define("exp2", increasing(rounding.UNITS["exp2"], least=0))
@@ -90,6 +90,24 @@ define(
 define("erf_inv", increasing(rounding.UNITS["erf_inv"]))
 
 
+def _relu(eqn, values, outward):
+    """Not by the user's own equations: `where(x > 0, x, 0)` turns an unknown (NaN) end into 0."""
+    return Box(*[jnp.where(end <= 0, 0.0, end) for end in (lower(values[0]), upper(values[0]))])
+
+
+def _sort(eqn, values, outward):
+    """Increasing for one operand. An unknown (NaN) end would move to the far side and let the other
+    ends pass for its order statistics, so one makes the whole line unknown."""
+    if len(values) != 1:
+        raise DataDependent(
+            f"'sort' carries operands in an order that depends on the input ({eqn.where()}); "
+            "sort one array by itself"
+        )
+    (box,) = increasing()(eqn, values, outward)
+    unknown = jnp.isnan(lower(values[0])) | jnp.isnan(upper(values[0]))
+    return unless(jnp.any(unknown, eqn.params["dimension"], keepdims=True), box)
+
+
 def _sub(eqn, values, outward):
     x, y = values
     (low,), (high,) = eqn.bind(lower(x), upper(y)), eqn.bind(upper(x), lower(y))
@@ -98,9 +116,11 @@ def _sub(eqn, values, outward):
 
 def _rsqrt(eqn, values, outward):
     box = decreasing(rounding.UNITS["rsqrt"], least=0)(eqn, values, outward)[0]
-    return _unless(~(lower(values[0]) > 0), box)
+    return unless(~(lower(values[0]) > 0), box)
 
 
+define("relu", _relu)
+define("sort", _sort)
 define("sub", _sub)
 define("rsqrt", _rsqrt)
 
@@ -133,7 +153,7 @@ def _integer_pow(eqn, values, outward):
     (x,) = values
     ends = [Box(*eqn.bind(end) * 2) for end in (lower(x), upper(x))]
     box = _hull(*[_grow(end, units, outward) for end in ends])
-    return _unless(~((lower(x) > 0) | (upper(x) < 0)), box)
+    return unless(~((lower(x) > 0) | (upper(x) < 0)), box)
 
 
 define("abs", even(0, 0.0))
@@ -162,7 +182,7 @@ def _mul(eqn, values, outward):
 def _div(eqn, values, outward):
     x, y = values
     crosses_zero = ~((lower(y) > 0) | (upper(y) < 0))
-    return _unless(crosses_zero, _grow(_corners(eqn, x, y), rounding.ARITHMETIC, outward))
+    return unless(crosses_zero, _grow(_corners(eqn, x, y), rounding.ARITHMETIC, outward))
 
 
 def _pow(eqn, values, outward):
@@ -170,7 +190,7 @@ def _pow(eqn, values, outward):
     x, y = values
     undefined = ~((lower(x) > 0) | ((lower(x) >= 0) & (lower(y) > 0)))
     box = _grow(_corners(eqn, x, y), rounding.UNITS["pow"], outward)
-    return _unless(undefined, Box(jnp.maximum(box.lower, 0), box.upper))
+    return unless(undefined, Box(jnp.maximum(box.lower, 0), box.upper))
 
 
 define("mul", _mul)
@@ -342,6 +362,9 @@ define("ge", lambda e, v, o: Box(lower(v[0]) >= upper(v[1]), ~(upper(v[0]) < low
 
 def _eq(eqn, values, outward):
     x, y = values
+    if eqn.inputs[0] is eqn.inputs[1]:  # how `isnan` is written: surely equal if it is a number
+        known = ~jnp.isnan(lower(x)) & ~jnp.isnan(upper(x))
+        return Box(known, jnp.ones_like(known))
     surely = (lower(x) == upper(y)) & (upper(x) == lower(y))
     apart = (upper(x) < lower(y)) | (lower(x) > upper(y))
     return Box(surely, ~apart)
@@ -400,7 +423,7 @@ def _reduce_precision(eqn, values, outward):
 def _narrowed(x: Value, info: Any) -> Box:
     box = _rounded(x, float(info.eps) / 2, float(info.tiny))
     too_big = ~(jnp.maximum(jnp.abs(lower(x)), jnp.abs(upper(x))) < float(info.max))
-    return _unless(too_big, box)
+    return unless(too_big, box)
 
 
 def _rounded(x: Value, unit: float, tiny: float) -> Box:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.bounds.interpreter import Value, interpret, lower, operand, upper
-from jaxcert.certificate import ABSTAIN, Certificate, issue, predicted_class
+from jaxcert.certificate import Certificate, issue, predicted_class
+from jaxcert.floats import ieee_float64, rounded_up
 from jaxcert.graph import Atom, Graph, Var
 from jaxcert.lipschitz.chain import centre, speeds
-from jaxcert.lipschitz.constants import UNIT, rounded_up
-from jaxcert.model import Model, Structure, as_float64, output_shape, split
+from jaxcert.lipschitz.constants import UNIT
+from jaxcert.model import Model, Structure, as_float64, is_traced, output_shape, split
 from jaxcert.rows import trace_rows
-from jaxcert.sets import Box, L2Ball, checked, is_traced
+from jaxcert.sets import Box, L2Ball, checked
 
 Array: TypeAlias = jax.Array
 
@@ -51,6 +52,7 @@ def certify(f: Model, x: Any) -> Certificate:
     output_shape(lambda z: structure.build(arrays)(z), x)
     prediction = _predict(arrays, structure, x)
     with jax.enable_x64(True):
+        arrays, x, prediction = ieee_float64((arrays, x, prediction))
         radius = _radius(arrays, structure, x, prediction)
     return issue(prediction, radius, norm=2.0)
 
@@ -69,7 +71,7 @@ def constant(f: Model, input_shape: tuple[int, ...]) -> Array:
     dtype = jnp.result_type(float)
     arrays, structure = split(f)
     with jax.enable_x64(True):
-        return rounded_up(_constant(arrays, structure, tuple(input_shape)), dtype)
+        return rounded_up(_constant(ieee_float64(arrays), structure, tuple(input_shape)), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -196,19 +198,10 @@ def margin_certificate(
 @jax.jit
 def _margin_radius(logits: Array, error: Any, rows: Any, constant: Any) -> tuple[Array, Array]:
     with jax.enable_x64(True):
-        prediction = _largest(logits)
+        prediction = predicted_class(logits)
         low, high = _enclosed(logits, error)
         slopes = ROOT_TWO if rows is None else row_distances(rows)
         return prediction, margin_radius(prediction, low, high, slopes, constant)
-
-
-def _largest(logits: Array) -> Array:
-    """`predicted_class`; JAX cannot lower its float64 argmax for a caller in float32."""
-    k = logits.shape[1]
-    top = jnp.max(logits, axis=1, keepdims=True)
-    index = np.arange(k, dtype=np.int32)
-    first = jnp.min(jnp.where(logits == top, index, np.int32(k - 1)), axis=1)
-    return jnp.where(jnp.all(jnp.isfinite(logits), axis=1), first, np.int32(ABSTAIN))
 
 
 def _enclosed(values: Array, error: Any) -> tuple[Array, Array]:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.sets import is_traced
+from jaxcert.floats import ieee_float64, rounded_up
+from jaxcert.model import is_traced
 
 Array: TypeAlias = jax.Array
 
@@ -93,15 +94,6 @@ def conv(
     return _rounded_norm(kernel, spatial, _per_axis(kernel_dilation, rank, "kernel_dilation"))
 
 
-def rounded_up(value: Array, dtype: Any) -> Array:
-    """0 or a normal number > 0 in another float type, never below it; NaN stays NaN."""
-    nearest = value.astype(dtype)
-    above = jnp.nextafter(nearest, jnp.full_like(nearest, jnp.inf))
-    # XLA:CPU flushes denormals, so the least value that can be relied on is the least normal one.
-    above = jnp.maximum(above, jnp.finfo(dtype).tiny)
-    return jnp.where(nearest.astype(value.dtype) < value, above, nearest)
-
-
 # --- one layer: a constant in the default float type, with its derivative -------------------------
 
 
@@ -111,7 +103,7 @@ def _rounded_norm(kernel: Any, spatial: tuple[int, ...], dilation: tuple[int, ..
     # A concrete kernel may hold float64 weights, which JAX would truncate outside of this block.
     dtype = jnp.result_type(float)
     with jax.enable_x64(True):
-        return rounded_up(_norm(jnp.asarray(kernel), spatial, dilation), dtype)
+        return rounded_up(_norm(ieee_float64(jnp.asarray(kernel)), spatial, dilation), dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -124,9 +116,10 @@ def _norm(kernel: Array, spatial: tuple[int, ...], dilation: tuple[int, ...]) ->
 @_norm.defjvp
 def _norm_jvp(spatial, dilation, primals, tangents):
     value, direction = _norm_and_direction(primals[0], spatial, dilation)
-    return value, jnp.vdot(direction, tangents[0], precision=jax.lax.Precision.HIGHEST).astype(
-        value.dtype
-    )
+    # A product and a sum, not a dot, which names its float64 result and would lose it where JAX
+    # transposes this outside of the block.
+    with jax.enable_x64(True):
+        return value, jnp.sum(direction * tangents[0]).astype(value.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -167,7 +167,7 @@ def _checked(key: Array, x: Any, plan: SmoothingPlan, index: Any) -> tuple[Array
             f"plan must be a SmoothingPlan, got {type(plan).__name__}; "
             "type SmoothingPlan(noise=Gaussian(0.25))"
         )
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or jnp.ndim(key):
+    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) or jnp.ndim(key):
         raise TypeError(
             "key must be one typed key and comes first: certify(jax.random.key(0), ...)"
         )

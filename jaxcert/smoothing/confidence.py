@@ -15,6 +15,7 @@ Array: TypeAlias = jax.Array
 HALVINGS = 100  # bisection ends at neighbouring float64 for every bound above 1e-14
 TERMS = 1000
 EPSILON = 2.0**-52
+SMALLEST = 1e-300  # smaller tails may underflow to 0, which would not be an upper bound
 
 
 def upper_tail(k: Any, n: Any, p: Any) -> Array:
@@ -42,7 +43,8 @@ def upper_tail(k: Any, n: Any, p: Any) -> Array:
         # most 6.5 eps (100 + n log n), so 16 are allowed for.
         slack = 16 * EPSILON * (100 + n * jnp.log(n))
         usable = settled & (k > 0) & (k <= n) & (p < k / n)
-        return jnp.where(usable, front / fraction * (1 + slack), 1.0)
+        tail = jnp.maximum(front / fraction * (1 + slack), SMALLEST)
+        return jnp.where(usable, tail, 1.0)
 
 
 def _fraction(a: Array, b: Array, x: Array) -> tuple[Array, Array]:
@@ -88,7 +90,7 @@ def clopper_pearson_lower(successes: Any, n: Any, alpha: Any) -> Array:
     Args:
       successes: ints (...), k; anything outside [0, n] gives 0.
       n: number of trials, below 2^31.
-      alpha: one minus the confidence, at least 1e-300.
+      alpha: one minus the confidence; below 1e-300 the bound is 0.
 
     Returns:
       float64 (...).

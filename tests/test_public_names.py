@@ -1,0 +1,42 @@
+"""The public names, pinned: adding or removing one is a decision, made here as well."""
+
+import types
+
+import pytest
+
+import jaxcert
+
+NAMES = {
+    jaxcert: """
+        ABSTAIN AllOf AnyOf Box Certificate DataDependent JaxcertError L1Ball L2Ball LinfBall
+        MixedRows Reason RecordMismatch Spec Status UnsupportedEquation Verdict explain margins
+    """,
+    jaxcert.bounds: "Bound Method certify ibp register",
+    jaxcert.smoothing: """
+        Gaussian Noise SmoothingPlan certify clopper_pearson_lower predict
+    """,
+    jaxcert.lipschitz: "certify constant conv dense margin_certificate",
+    jaxcert.evaluate: """
+        Results Row abstention_rate accuracy_interval average_certified_radius bernstein_failures
+        binomial_failures certified_accuracy clean_accuracy high_probability_accuracy load
+        plot_certified_accuracy read_cohen_log row run show table
+    """,
+}
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda m: m.__name__)
+def test_public_names_are_these(module):
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert public == set(NAMES[module].split())
+
+
+@pytest.mark.parametrize("module", NAMES, ids=lambda m: m.__name__)
+def test_every_public_function_says_what_it_does(module):
+    for name in NAMES[module].split():
+        value = getattr(module, name)
+        if callable(value) and getattr(value, "__module__", "").startswith("jaxcert"):
+            assert value.__doc__, f"{module.__name__}.{name} has no docstring"
