@@ -28,7 +28,12 @@ class ConvNet(nnx.Module):
         def conv(inputs, outputs, strides):
             return nnx.Conv(inputs, outputs, (3, 3), strides=strides, rngs=rngs)
 
-        widths = [(3, width, 1), (width, width, 2), (width, 2 * width, 2), (2 * width, 2 * width, 1)]
+        widths = [
+            (3, width, 1),
+            (width, width, 2),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+        ]
         self.convs = nnx.List([conv(*each) for each in widths])
         self.norm = nnx.BatchNorm(width, use_running_average=True, rngs=rngs)
         self.dense1 = nnx.Linear(8 * 8 * 2 * width, 128, rngs=rngs)

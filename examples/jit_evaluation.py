@@ -23,6 +23,7 @@ class Net(nnx.Module):
         self.out = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x):
+        """Logits (b, 10) of x (b, 8, 8, 1)."""
         x = nnx.relu(self.conv(x)).reshape(x.shape[0], -1)
         return self.out(nnx.relu(self.hidden(x)))
 

@@ -151,18 +151,17 @@ _CALLS = {
     "checkpoint": "jaxpr",
 }
 
-_IDENTITIES = frozenset(
-    {"copy", "copy_p", "sharding_constraint", "optimization_barrier", "reduce_precision_noop"}
-)
+_IDENTITIES = frozenset({"copy", "copy_p", "sharding_constraint", "optimization_barrier"})
 
 # Primitives without arithmetic: on known arrays their result is exact, so it is known too.
-_EXACT = frozenset({
-    "reshape", "broadcast_in_dim", "transpose", "squeeze", "expand_dims", "slice", "concatenate",
-    "rev", "pad", "gather", "dynamic_slice", "split", "stack", "unstack", "select_n", "neg", "abs",
-    "sign", "max", "min", "clamp", "iota", "convert_element_type", "bitcast_convert_type",
-    "stop_gradient", "random_bits", "random_wrap", "random_unwrap", "random_fold_in",
-    "random_split", "is_finite", "reduce_max", "reduce_min", "sort", "lt", "le", "gt", "ge", "eq", "ne",
-})  # fmt: skip
+_EXACT = frozenset(
+    """
+    reshape broadcast_in_dim transpose squeeze expand_dims slice concatenate rev pad gather
+    dynamic_slice split stack unstack select_n neg abs sign max min clamp iota stop_gradient
+    convert_element_type bitcast_convert_type random_bits random_wrap random_unwrap random_fold_in
+    random_split is_finite reduce_max reduce_min sort lt le gt ge eq ne
+    """.split()
+)
 
 
 def _open(closed: Any) -> tuple[Any, Sequence[Any]]:

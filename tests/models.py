@@ -182,7 +182,10 @@ class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
         layers = nn.scan(
-            nn.remat(ScannedLayer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            nn.remat(ScannedLayer),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
         )
         x, _ = layers()(x, None)
         return nn.Dense(3)(x)

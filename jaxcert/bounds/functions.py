@@ -81,10 +81,11 @@ define("hard_swish", valley(-1.5, -0.375))
 # softmax_i rises with x_i and falls with every other x_j. With
 #     z_i = a_i - log sum_{j != i} e^{b_j},
 # softmax_i = logistic(z_i) and log softmax_i = -softplus(-z_i); a = l, b = u give the lower end
-# and a = u, b = l the upper one. The sum is shifted by its own largest term, so that it lies between
-# 1 and k and neither under- nor overflows: that is the largest b, and for the entry that is itself
-# the largest, the second largest. Sums without one term are running sums from both sides, because
-# subtracting the term would cancel. What the model itself subtracts first does not matter if finite.
+# and a = u, b = l the upper one. The sum is shifted by its own largest term, so that it lies
+# between 1 and k and neither under- nor overflows: that is the largest b, and for the entry that is
+# itself the largest, the second largest. Sums without one term are running sums from both sides,
+# because subtracting the term would cancel. What the model itself subtracts before it exponentiates
+# does not matter, if finite.
 #
 # An entry masked by -inf counts as the least finite number: e^b is then as good as zero beside any
 # entry that is not near that number itself, and where all are, nothing is known. Its own lower end

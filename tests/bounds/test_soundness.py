@@ -8,6 +8,7 @@ from models import MODELS
 from oracles import corners, exact, exact_interval_mlp, in_float64, output_size, points_of
 
 from jaxcert.bounds import ibp
+from jaxcert.model import as_float64
 from jaxcert.sets import Box, L1Ball, L2Ball, LinfBall, bounding_box
 from jaxcert.specs import Spec, margins
 
@@ -64,8 +65,9 @@ def test_points_lie_inside(method, model, region):
         return proof(region), proof(region, given), bound(f)(region)
 
     points = points_of(f, region)
-    box = bounding_box(region)
     if isinstance(region, Box | LinfBall) and x[0].size <= 8:
+        with jax.enable_x64(True):  # corners rounded to float32 could lie outside
+            box = bounding_box(as_float64(region))
         points = np.concatenate([points, corners(np.asarray(box.lower), np.asarray(box.upper))])
     m, b = points.shape[:2]
     y = in_float64(f)(points.reshape(m * b, *shape)).reshape(m, b, k)
@@ -106,7 +108,9 @@ def test_against_exact_rational_arithmetic(method):
         bound = METHODS[method](f, outward=True)
         box = jax.jit(bound)(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), region))
         low, high = exact(box.lower), exact(box.upper)
-    layers = [(layer.kernel[...], layer.bias[...]) for layer in f.layers if hasattr(layer, "kernel")]
+    layers = [
+        (layer.kernel[...], layer.bias[...]) for layer in f.layers if hasattr(layer, "kernel")
+    ]
     centre, radius = exact(x), exact(eps)[:, None]
     # The exact value at the centre for every example, and the exact interval bound for the first.
     value, _ = exact_interval_mlp(layers, np.asarray(x), np.asarray(x))
