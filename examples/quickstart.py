@@ -145,11 +145,11 @@ def main():
     began = time.perf_counter()
 
     training, (x, y) = digits()
-    epochs = 8 if options.short else 40
+    epochs = 8 if options.short else 60
     if options.short:
         x, y = x[:60], y[:60]
     plan = smoothing.SmoothingPlan(
-        noise=smoothing.Gaussian(SIGMA), n0=100, n=500 if options.short else 4000, alpha=1e-3
+        noise=smoothing.Gaussian(SIGMA), n0=100, n=500 if options.short else 10_000, alpha=1e-3
     )
     print(f"training three nets on {len(training[1])} scans")
     noisy = train("noise", ConvNet(nnx.Rngs(1)), noisy_loss, training, epochs=epochs)

@@ -57,6 +57,10 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dic
         raise TypeError(
             f"the model must return one array of logits (b, k), got {len(graph.outputs)} arrays"
         )
+    if shape[0] == 1:
+        # A single example mixes with nothing, and its axis may come and go: jnp.matmul drops it.
+        values = [graph.inputs[0], *(out for eqn in graph.equations for out in eqn.outputs)]
+        return graph, {v: Rows(0) if v.shape[:1] == (1,) else Rows(-1) for v in values if v.bounded}
     return graph, check(graph, batch=shape[0])
 
 

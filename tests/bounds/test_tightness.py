@@ -190,8 +190,10 @@ def test_elementwise_range_is_exact(name):
     points = np.clip(np.concatenate([points, special]), lower, upper)
     m, b, _ = points.shape
     values = in_float64(f)(points.reshape(m * b, 1)).reshape(m, b, 1)
-    slack = 1e-6 if name == "reduce_precision" else 0.0
-    _compare(_ranges(f, lower, upper), values, slack * np.abs(upper).max(1, keepdims=True))
+    slack = 1e-9  # 1 + tanh(x) cancels in float32 and, for x << 0, in float64
+    if name == "reduce_precision":
+        slack = 3e-6 * np.maximum(np.abs(lower), np.abs(upper))
+    _compare(_ranges(f, lower, upper), values, slack)
 
 
 @pytest.mark.parametrize("name", LAYERS)
