@@ -17,6 +17,7 @@ from jaxcert.errors import DataDependent as DataDependent
 from jaxcert.errors import JaxcertError as JaxcertError
 from jaxcert.errors import MixedRows as MixedRows
 from jaxcert.errors import RecordMismatch as RecordMismatch
+from jaxcert.errors import StatefulModel as StatefulModel
 from jaxcert.errors import UnsupportedEquation as UnsupportedEquation
 from jaxcert.sets import Box as Box
 from jaxcert.sets import L1Ball as L1Ball

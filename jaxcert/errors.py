@@ -4,6 +4,7 @@
     ├── UnsupportedEquation   an equation of the model has no rule in the method asked for
     │   └── DataDependent     control flow, indices or integers that depend on the bounded input
     ├── MixedRows             an equation mixes the rows of a batch, so no row has its own bound
+    ├── StatefulModel         the model's output depends on counters that each call moves on
     └── RecordMismatch        a log on disk belongs to another run configuration
 
 Wrong arguments are plain `ValueError` and `TypeError`.
@@ -24,6 +25,10 @@ class DataDependent(UnsupportedEquation):
 
 class MixedRows(JaxcertError, ValueError):
     """An equation lets one example of the batch change the output of another."""
+
+
+class StatefulModel(JaxcertError, ValueError):
+    """Each call of the model is another function, e.g. one with active dropout."""
 
 
 class RecordMismatch(JaxcertError, ValueError):

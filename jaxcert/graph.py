@@ -13,6 +13,7 @@ This is the only file that touches JAX's program representation (`jax.extend.cor
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +26,9 @@ from jaxcert.errors import DataDependent, UnsupportedEquation
 from jaxcert.model import is_traced
 
 Array: TypeAlias = jax.Array
+
+
+HERE = os.path.dirname(__file__).replace("\\", "/") + "/"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +56,7 @@ class Equation:
     outputs: tuple[Var, ...]
     params: dict[str, Any]
     primitive: Any = None
-    source: Any = None
+    source: tuple[Any, ...] = ()  # where it was called from, innermost first
     inner: "Graph | None" = None
 
     @property
@@ -68,7 +72,7 @@ class Equation:
 
     def where(self) -> str:
         """Where in the user's model the equation came from, for error messages."""
-        return _where(self.source)
+        return _where(*self.source)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +160,7 @@ _IDENTITIES = frozenset({"copy", "copy_p", "sharding_constraint", "optimization_
 # Primitives without arithmetic: on known arrays their result is exact, so it is known too.
 _EXACT = frozenset(
     """
-    reshape broadcast_in_dim transpose squeeze expand_dims slice concatenate rev pad gather
+    reshape broadcast_in_dim transpose squeeze expand_dims slice concatenate rev pad gather tile
     dynamic_slice split stack unstack select_n neg abs sign max min clamp iota stop_gradient
     convert_element_type bitcast_convert_type random_bits random_wrap random_unwrap random_fold_in
     random_split is_finite reduce_max reduce_min sort lt le gt ge eq ne
@@ -184,7 +188,11 @@ def _flatten(
         return np.asarray(v.val, aval.dtype)
 
     for eqn in jaxpr.eqns:
+        start = len(out)
         results = _flatten_equation(eqn, [atom(v) for v in eqn.invars], out)
+        # JAX's own jitted functions (jnp.sort, ...) know no line of the model, but their calls do.
+        line = (eqn.source_info,)
+        out[start:] = [dataclasses.replace(e, source=e.source + line) for e in out[start:]]
         env.update(zip(eqn.outvars, results, strict=True))
     return [atom(v) for v in jaxpr.outvars]
 
@@ -209,9 +217,7 @@ def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[A
             "use a fixed number of steps (lax.scan, lax.fori_loop with constant limits)"
         )
     outputs = [Var(tuple(v.aval.shape), v.aval.dtype, bounded) for v in eqn.outvars]
-    out.append(
-        Equation(name, tuple(args), tuple(outputs), eqn.params, eqn.primitive, eqn.source_info)
-    )
+    out.append(Equation(name, tuple(args), tuple(outputs), eqn.params, eqn.primitive))
     return list(outputs)
 
 
@@ -290,16 +296,14 @@ def _merge_branches(eqn: Any, args: list[Atom], out: list[Equation]) -> list[Ato
             for cases in zip(*results, strict=True)]  # fmt: skip
 
 
-def _where(source: Any) -> str:
+def _where(*sources: Any) -> str:
     """The module path (Linen records one) and the innermost line outside of JAX and Flax."""
-    if source is None:
-        return "in a reference function"
-    place = []
-    if str(source.name_stack):
-        place.append(f"in {source.name_stack}")
-    for frame in getattr(source.traceback, "frames", ()):
-        path = frame.file_name.replace("\\", "/")
-        if not any(part in path for part in ("/jax/", "/flax/", "/jaxcert/", "<frozen")):
-            place.append(f"at {frame.file_name}:{frame.line_num} in {frame.function_name}")
-            break
+    stacks = [str(source.name_stack) for source in sources if str(source.name_stack)]
+    place = [f"in {stacks[0]}"] if stacks else []
+    for source in sources:
+        for frame in getattr(source.traceback, "frames", ()):
+            path = frame.file_name.replace("\\", "/")
+            if not any(part in path for part in ("/jax/", "/flax/", HERE, "<frozen")):
+                place.append(f"at {frame.file_name}:{frame.line_num} in {frame.function_name}")
+                return ", ".join(place)
     return ", ".join(place) or "at an unknown place"

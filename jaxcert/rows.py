@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
-from jaxcert.errors import DataDependent, MixedRows
+from jaxcert.errors import DataDependent, MixedRows, StatefulModel
 from jaxcert.graph import Atom, Equation, Graph, Var, trace, unsupported
 from jaxcert.idioms import simplify
-from jaxcert.model import Model, split
+from jaxcert.model import Model, Structure, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,20 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dic
     if not shape or shape[0] < 1:
         raise ValueError(f"the batch must hold at least one example, got shape {shape}")
     arrays, structure = split(f)
+    counters: set[int] = set()
 
     def rebuilt(x):  # rebuilt under the trace, so that a module may update its own state there
-        return structure.build(arrays)(x)
+        model = structure.build(arrays)
+        result = model(x)
+        after = split(model)[0]
+        counters.update(i for i, a in enumerate(arrays) if a is not after[i] and _counts(a))
+        return result
 
     if shape[0] == 1:
         pair = (2, *shape[1:])
         check(simplify(trace(rebuilt, jax.ShapeDtypeStruct(pair, dtype))), batch=2)
     graph = simplify(trace(rebuilt, jax.ShapeDtypeStruct(shape, dtype)))
+    _require_repeatable(structure, arrays, sorted(counters), jax.ShapeDtypeStruct(shape, dtype))
     if len(graph.outputs) != 1:
         raise TypeError(
             f"the model must return one array of logits (b, k), got {len(graph.outputs)} arrays"
@@ -62,6 +69,34 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dic
         values = [graph.inputs[0], *(out for eqn in graph.equations for out in eqn.outputs)]
         return graph, {v: Rows(0) if v.shape[:1] == (1,) else Rows(-1) for v in values if v.bounded}
     return graph, check(graph, batch=shape[0])
+
+
+def _counts(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _require_repeatable(
+    structure: Structure, arrays: Sequence[Any], counters: Sequence[int], x: jax.ShapeDtypeStruct
+) -> None:
+    """Raise if the output depends on counters that each call moves on, as active dropout does."""
+    if not counters:
+        return
+
+    def counted(x, *values):
+        moved = list(arrays)
+        for i, value in zip(counters, values, strict=True):
+            moved[i] = value
+        return structure.build(moved)(x)
+
+    states = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in counters]
+    graph = trace(counted, x, *states, bounded=[True] + [False] * len(states))
+    read = {id(atom) for eqn in graph.equations for atom in eqn.inputs}
+    if any(id(state) in read for state in graph.inputs[1:]):
+        raise StatefulModel(
+            "the model's output depends on a counter that every call moves on, so each call is "
+            "another function; active dropout is the usual cause: call model.eval() first, or "
+            "build it with deterministic=True"
+        )
 
 
 def check(graph: Graph, batch: int) -> dict[Var, Rows]:
@@ -187,6 +222,13 @@ def _reshape(eqn, places, batch):
 def _keeps_whole(eqn, place, size, batch):
     if size != _shape(eqn.inputs[0])[place.axis]:
         raise mixed(eqn, "takes a part of")
+    return place
+
+
+def _tile(eqn, places, batch):
+    place = same_axes(eqn, places, batch)
+    if eqn.params["reps"][place.axis] != 1:
+        raise mixed(eqn, "repeats")
     return place
 
 
@@ -328,6 +370,7 @@ FOLLOW.update(
     broadcast_in_dim=_broadcast,
     transpose=_transpose,
     reshape=_reshape,
+    tile=_tile,
     slice=_slice,
     dynamic_slice=_dynamic_slice,
     pad=_pad,

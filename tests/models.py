@@ -1,10 +1,11 @@
 """Small models for the tests, one per way of writing a network.
 
-`MODELS` maps a name to a function `() -> (f, input shape without batch)`. Every f maps (b, *input) to
-(b, k) logits; inputs around [0, 1] are in its domain.
+`MODELS` maps a name to a function `() -> (f, input shape without batch)`. Every f maps (b, *input)
+to (b, k) logits; inputs around [0, 1] are in its domain.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def dense(*sizes, seed=0, dtype=None):
     """Dense layers with ReLU between them, biases not zero."""
     rngs = nnx.Rngs(seed)
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [
             nnx.Linear(a, b, dtype=dtype, rngs=rngs, bias_init=nnx.initializers.normal(0.3)),
             nnx.relu,

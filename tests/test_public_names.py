@@ -9,7 +9,8 @@ import jaxcert
 NAMES = {
     jaxcert: """
         ABSTAIN AllOf AnyOf Box Certificate DataDependent JaxcertError L1Ball L2Ball LinfBall
-        MixedRows Reason RecordMismatch Spec Status UnsupportedEquation Verdict explain margins
+        MixedRows Reason RecordMismatch Spec StatefulModel Status UnsupportedEquation Verdict
+        explain margins
     """,
     jaxcert.bounds: "Bound Method certify ibp register",
     jaxcert.smoothing: """

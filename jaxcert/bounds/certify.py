@@ -41,6 +41,15 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
       UnsupportedEquation, MixedRows: the model cannot be bounded.
 
     Works under jit and vmap; called directly it is compiled once per model structure and shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcert import LinfBall
+      >>> weights = jnp.array([[1.0, -1.0], [0.0, 1.0]])
+      >>> x = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+      >>> certificate = certify(lambda x: x @ weights, LinfBall(x, 0.25))
+      >>> print(certificate.prediction, certificate.radius)
+      [0 0] [0.25 0.  ]
     """
     region = checked(region)
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x

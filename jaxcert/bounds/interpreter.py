@@ -64,4 +64,11 @@ def _apply(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequence[Va
         hint = f"register one: jaxcert.bounds.register('{eqn.name}', rule)"
         raise unsupported(eqn, "ibp", hint)
     result = RULES[eqn.name](eqn, values, outward)
-    return result if isinstance(result, list) else [result]
+    results = result if isinstance(result, list) else [result]
+    if outward:
+        return results
+    # Rules compute in whatever type their arithmetic promotes to; the model's own comes back here.
+    return [
+        Box(box.lower.astype(out.dtype), box.upper.astype(out.dtype))
+        for box, out in zip(results, eqn.outputs, strict=True)
+    ]

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from jaxcert.bounds import functions, rounding, rules  # noqa: F401  (they fill the table of rules)
 from jaxcert.bounds.interpreter import define, lower, output, upper
 from jaxcert.bounds.last_layer import with_spec
 from jaxcert.floats import ieee_float64
-from jaxcert.model import Model, as_float64, split
-from jaxcert.rows import FOLLOW, Follow, same_axes, trace_rows
+from jaxcert.graph import Graph, Var
+from jaxcert.model import Model, Structure, as_float64, split
+from jaxcert.rows import FOLLOW, Follow, Rows, same_axes, trace_rows
 from jaxcert.sets import Box, InputSet, bounding_box, checked
 from jaxcert.specs import Spec
 
@@ -52,24 +54,30 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
       MixedRows: an example's output depends on other examples.
 
     Example:
-      >>> box = ibp(model)(LinfBall(x, 8 / 255), margins(labels, 10))
-      >>> certified = jnp.all(box.lower > 0, axis=-1)
+      >>> import jax.numpy as jnp
+      >>> from jaxcert import LinfBall
+      >>> weights = jnp.array([[1.0, -1.0], [0.5, 2.0]])
+      >>> box = ibp(lambda x: jnp.maximum(x @ weights, 0))(LinfBall(jnp.ones((1, 2)), 0.5))
+      >>> print(box.lower, box.upper)
+      [[0.75 0.  ]] [[2.25 2.5 ]]
     """
 
     def bound(region: InputSet, spec: Spec | None = None) -> Box:
         region = checked(region)
         if not outward:
-            return _propagate(f, bounding_box(region), spec, outward=False)
+            box = bounding_box(region)
+            traced = trace_rows(f, box.lower.shape, box.lower.dtype)
+            return _propagate(*traced, box, spec, outward=False)
         like = region.lower if isinstance(region, Box) else region.x
         dtype = jax.dtypes.canonicalize_dtype(like.dtype)
         with jax.enable_x64(True):
             arrays, structure = split(f)
             arrays, region, spec = ieee_float64((arrays, region, spec))
-            model = structure.build(as_float64(arrays))
             box = bounding_box(as_float64(region))
             if not isinstance(region, Box):
                 box = rounding.widen(box, rounding.ARITHMETIC)
-            return rounding.narrow(_propagate(model, box, as_float64(spec), outward=True), dtype)
+            traced = _trace_float64(structure, arrays, box.lower.shape, dtype)
+            return rounding.narrow(_propagate(*traced, box, as_float64(spec), outward=True), dtype)
 
     return bound
 
@@ -86,18 +94,41 @@ def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axe
       follow: how the primitive moves the batch axis; the default is for elementwise ones.
 
     Example:
-      >>> def increasing(equation, values, outward):
+      >>> import jax.numpy as jnp
+      >>> from jax.scipy.special import digamma
+      >>> from jaxcert.bounds import rounding
+      >>> def increasing_where_positive(equation, values, outward):
       ...     (x,) = values
       ...     box = Box(*equation.bind(x.lower), *equation.bind(x.upper))
-      ...     return rounding.widen(box, 64) if outward else box
-      >>> register("digamma", increasing)
+      ...     box = rounding.widen(box, 64) if outward else box
+      ...     return Box(jnp.where(x.lower > 0, box.lower, jnp.nan), box.upper)
+      >>> register("digamma", increasing_where_positive)
+      >>> box = ibp(digamma)(Box(jnp.ones((1, 1)), 2 * jnp.ones((1, 1))))
+      >>> print(box.lower.round(3), box.upper.round(3))
+      [[-0.577]] [[0.423]]
     """
     define(primitive, rule)
     FOLLOW[primitive] = follow
 
 
-def _propagate(f: Model, box: Box, spec: Spec | None, outward: bool) -> Box:
-    graph, rows = trace_rows(f, box.lower.shape, box.lower.dtype)
+def _trace_float64(
+    structure: Structure, arrays: list[Any], shape: tuple[int, ...], dtype: Any
+) -> tuple[Graph, dict[Var, Rows]]:
+    """The model traced in float64, or in its own types if its code insists on them.
+
+    A recurrent cell that starts from float32 zeros cannot be traced in float64. The rules compute
+    in float64 either way, so only the numbers written in the model's code differ: they are then
+    those of the float32 program.
+    """
+    try:
+        return trace_rows(structure.build(as_float64(arrays)), shape, jnp.float64)
+    except TypeError:
+        return trace_rows(structure.build(arrays), shape, dtype)
+
+
+def _propagate(
+    graph: Graph, rows: dict[Var, Rows], box: Box, spec: Spec | None, outward: bool
+) -> Box:
     if spec is not None:
         return with_spec(graph, rows, box, spec, outward)
     result = output(graph, [box], outward)

@@ -63,8 +63,8 @@ def decreasing(units: float = 0, least: float = -math.inf, most: float = math.in
 
 
 SHAPE_ONLY = """
-    reshape broadcast_in_dim transpose squeeze slice dynamic_slice concatenate rev pad gather split
-    stack unstack stop_gradient copy
+    reshape broadcast_in_dim transpose squeeze slice dynamic_slice concatenate rev pad gather tile
+    split stack unstack stop_gradient copy
 """
 define(SHAPE_ONLY, increasing())
 define("max min clamp reduce_max reduce_min reduce_window_max reduce_window_min", increasing())
@@ -160,6 +160,38 @@ define("abs", even(0, 0.0))
 define("square", even(rounding.ARITHMETIC, 0.0))
 define("cosh", even(rounding.UNITS["cosh"], 1.0))
 define("integer_pow", _integer_pow)
+
+
+# --- Waves ----------------------------------------------------------------------------------------
+
+
+def wave(peak: float) -> Rule:
+    """sin or cos: 1 at `peak` + 2 pi k, -1 half way between, monotone from one to the other.
+
+    An end that lies within rounding of an extreme counts as having passed it.
+    """
+
+    def rule(eqn, values, outward):
+        (x,) = values
+        slack = 8 * float(jnp.finfo(lower(x).dtype).eps)
+        ends = [Box(*eqn.bind(end) * 2) for end in (lower(x), upper(x))]
+        box = _hull(*[_grow(end, rounding.UNITS["sin"], outward) for end in ends])
+
+        def passes(turn):  # whether turn + k is in the box for an integer k
+            low, high = lower(x) / (2 * math.pi) - turn, upper(x) / (2 * math.pi) - turn
+            margin = slack * (1 + jnp.maximum(jnp.abs(low), jnp.abs(high)))
+            return jnp.floor(high + margin) >= jnp.ceil(low - margin)
+
+        crest, trough = passes(peak / (2 * math.pi)), passes(peak / (2 * math.pi) + 0.5)
+        bounds = Box(jnp.where(trough, -1.0, box.lower), jnp.where(crest, 1.0, box.upper))
+        unknown = ~(jnp.isfinite(lower(x)) & jnp.isfinite(upper(x)))
+        return unless(unknown, Box(jnp.maximum(bounds.lower, -1), jnp.minimum(bounds.upper, 1)))
+
+    return rule
+
+
+define("sin", wave(math.pi / 2))
+define("cos", wave(0.0))
 
 
 # --- Products, quotients, powers: the extremes lie at the corners ---------------------------------

@@ -182,6 +182,11 @@ def margin_certificate(
       ValueError: for a concrete constant that is NaN, infinite or not above 0 (the constant 0 of a
         constant function included: no radius limits that), a negative error, or shapes that do not
         fit. Where such a value is traced, the radius is 0.
+
+    Example:
+      >>> certificate = margin_certificate(jnp.array([[3.0, 1.0], [1.0, 1.0]]), logit_constant=2.0)
+      >>> print(certificate.prediction, certificate.radius.round(4))
+      [0 0] [0.7071 0.    ]
     """
     _require_one_form(logit_constant, backbone_constant, rows)
     whole = backbone_constant is None

@@ -97,6 +97,15 @@ def certify(key: Array, f: Model, x: Any, plan: SmoothingPlan, *, index: Any = N
     Raises:
       TypeError, ValueError: for integer images, a missing batch axis, a raw uint32 key, an index
         of another shape, a model that returns anything but float logits (b, k) with k >= 2.
+
+    Example:
+      >>> from jaxcert.smoothing import Gaussian
+      >>> plan = SmoothingPlan(noise=Gaussian(0.5), n=2000)
+      >>> sign = lambda x: jnp.concatenate([x, -x], axis=1)
+      >>> x = jnp.array([[1.0], [0.0]])  # the exact radius is |x|
+      >>> certificate = certify(jax.random.key(0), sign, x, plan)
+      >>> print(certificate.prediction, 0.8 < certificate.radius[0] < 1)
+      [ 0 -1] True
     """
     x, index = _checked(key, x, plan, index)
     arrays, structure = split(f)
@@ -153,7 +162,10 @@ def _votes(
     n0: int,
 ) -> tuple[Array, Array]:
     """`count_votes` with no votes at all for an image that is not finite, so that it abstains."""
-    f = structure.build(arrays)
+
+    def f(z):  # rebuilt inside of the loop, so that a module may update its own state there
+        return structure.build(arrays)(z)
+
     votes = count_votes(key, f, x, index, noise=plan.noise, n=plan.n, n0=n0, chunk=plan.chunk)
     finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
     estimation, selection = (jnp.where(finite[:, None], part, 0) for part in votes)

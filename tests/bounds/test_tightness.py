@@ -38,6 +38,7 @@ ELEMENTWISE = {
     "ceil": (jnp.ceil, WIDE),
     "clamp": (lambda x: lax.clamp(-0.5, x, 1.5), WIDE),
     "convert_element_type": (lambda x: (x > 0).astype(x.dtype), WIDE),
+    "cos": (jnp.cos, WIDE),
     "cosh": (jnp.cosh, ANY),
     "div": (lambda x: 2.0 / x, [*POSITIVE, *BELOW_ZERO]),
     "elu": (jax.nn.elu, WIDE),
@@ -82,6 +83,7 @@ ELEMENTWISE = {
     "select_n": (lambda x: jnp.where(x > 0.1, x - 1.0, x), [(1.0, 2.0), (-2.0, -1.0)]),
     "sign": (jnp.sign, WIDE),
     "silu": (jax.nn.silu, WIDE),
+    "sin": (jnp.sin, [*WIDE, (1.5, 1.6), (100.0, 100.5), (4.6, 4.8)]),
     "sinh": (jnp.sinh, ANY),
     "soft_sign": (jax.nn.soft_sign, WIDE),
     "softplus": (jax.nn.softplus, WIDE),
@@ -140,6 +142,7 @@ LAYERS = {
 ELSEWHERE = {
     "copy": "removed while the graph is built",
     "stop_gradient": "no primitive of that name in a forward trace; jax.lax.stop_gradient",
+    "tile": "a primitive of newer JAX only; moves data",
     "variance": "depends on all entries at once; its range is tested in test_soundness",
 }
 
@@ -284,18 +287,18 @@ def test_random_intervals_contain_the_values(pairs):
 # --- What is not known stays unknown --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("eq", "select_n", "erf_inv")])
-def test_an_unknown_operand_gives_an_unknown_result(name):
+def test_an_unknown_operand_gives_an_unknown_result():
     """1 / x over an interval around zero is unknown (NaN). f of it may take f's values anywhere, so
     nothing narrower than f's whole range may come out."""
-    f = ELEMENTWISE[name][0]
-    proof = jax.jit(ibp(lambda x: f(1 / x), outward=True))
-    box = proof(Box(-jnp.ones((1, 1)), jnp.ones((1, 1))))
-    low, high = float(box.lower[0, 0]), float(box.upper[0, 0])
-    values = in_float64(f)(np.array([[-1e3], [-3.0], [-1.0], [1.0], [3.0], [1e3]]))
-    values = values[np.isfinite(values)]
-    assert not low > values.min()
-    assert not high < values.max()
+    functions = [ELEMENTWISE[n][0] for n in NAMES]
+    together = lambda x: jnp.concatenate([f(1 / x) for f in functions], axis=1)  # noqa: E731
+    values = in_float64(together)(np.array([[-1e3], [-3], [-1], [-0.1], [0.1], [1], [3], [1e3]]))
+    for box in _ranges(together, [[-11.0]], [[11.0]]):
+        low, high = np.asarray(box.lower[0]), np.asarray(box.upper[0])
+        slack = 1e-6 * np.abs(np.nan_to_num(values, posinf=0, neginf=0))
+        broken = (low > values + slack) | (high < values - slack)
+        assert not broken.any(), [NAMES[i] for i in np.unique(np.nonzero(broken)[1])]
+        assert np.isnan(low).sum() > 0.6 * len(NAMES)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,4 +1,4 @@
-"""Shared fixtures: where the optional data lies, and a compilation cache between runs."""
+"""For all tests and doctests: where the optional data lies, a compilation cache between runs."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent
 
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -37,3 +37,16 @@ def data(request):
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("needs the reference data: pass --data DIR or set JAXCERT_DATA")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def registered_rules():
+    """A rule that a test or an example registers is gone after it."""
+    from jaxcert.bounds.interpreter import RULES
+    from jaxcert.rows import FOLLOW
+
+    tables = [(table, dict(table)) for table in (RULES, FOLLOW)]
+    yield
+    for table, before in tables:
+        table.clear()
+        table.update(before)

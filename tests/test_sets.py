@@ -1,0 +1,167 @@
+"""Input sets: projections are nearest points, samples lie inside, mistakes are caught."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import optimize
+
+from jaxcert.sets import (
+    Box,
+    L1Ball,
+    L2Ball,
+    LinfBall,
+    bounding_box,
+    checked,
+    contains,
+    flat_norm,
+    per_example,
+    project,
+    sample,
+)
+
+rng = np.random.default_rng(0)
+CENTRES = jnp.asarray(rng.uniform(size=(5, 4)), jnp.float32)
+EPS = jnp.array([0.0, 0.01, 0.3, 0.7, 5.0])
+VALID = Box(0.0, 1.0)
+UNEVEN = Box(CENTRES - 0.05, CENTRES + 0.4)
+SETS = [
+    ball(CENTRES, EPS, valid)
+    for ball in (LinfBall, L2Ball, L1Ball)
+    for valid in (None, VALID, UNEVEN)
+] + [Box(CENTRES - EPS[:, None], CENTRES)]
+ids = lambda s: f"{type(s).__name__}-{getattr(s, 'valid', None) is not None}"  # noqa: E731
+
+
+def inside(region, x, slack):
+    """Membership in numpy float64, with slack for float32 rounding."""
+    x = np.asarray(x, np.float64)
+    box = region if isinstance(region, Box) else region.valid
+    ok = np.ones(x.shape[0], bool)
+    if box is not None:
+        ok &= ((np.asarray(box.lower) - slack <= x) & (x <= np.asarray(box.upper) + slack)).all(1)
+    if not isinstance(region, Box):
+        size = np.linalg.norm(x - np.asarray(region.x, np.float64), ord=region.norm, axis=1)
+        ok &= size <= np.asarray(region.eps, np.float64) + slack
+    return ok
+
+
+@pytest.mark.parametrize("region", SETS, ids=ids)
+def test_samples_lie_inside_and_reach_the_boundary(region):
+    points = np.asarray(jax.jit(lambda r: sample(jax.random.key(0), r, 200))(region))
+    assert points.shape == (200, 5, 4)
+    assert all(inside(region, p, 3e-6).all() for p in points)
+    box = bounding_box(region)
+    spread = (points.max(0) - points.min(0))[1:]
+    assert (spread > 0.1 * np.asarray(box.upper - box.lower)[1:]).mean() > 0.7
+    if getattr(region, "valid", VALID) is None:
+        far = flat_norm(jnp.asarray(points[:, 2] - CENTRES[2]), region.norm).max()
+        assert far > 0.99 * EPS[2]
+
+
+@pytest.mark.parametrize("region", SETS, ids=ids)
+def test_projection_is_the_nearest_point(region):
+    """No sample of the set is nearer, and points of the set stay."""
+    x = jnp.asarray(rng.normal(size=(5, 4)) * 2, jnp.float32)
+    run = jax.jit(project)
+    nearest = np.asarray(run(region, x), np.float64)
+    assert inside(region, nearest, 3e-6).all()
+    points = np.asarray(sample(jax.random.key(1), region, 400), np.float64)
+    distance = np.linalg.norm(points - np.asarray(x), axis=2)
+    assert (np.linalg.norm(nearest - np.asarray(x), axis=1) <= distance.min(0) + 1e-5).all()
+    for p in points[:4]:
+        assert np.allclose(run(region, jnp.asarray(p, jnp.float32)), p, atol=1e-5)
+
+
+@pytest.mark.parametrize("ball", [L2Ball, L1Ball])
+@pytest.mark.parametrize("valid", [None, VALID, UNEVEN], ids=["none", "unit", "uneven"])
+def test_projection_against_scipy(ball, valid):
+    x = rng.normal(size=(5, 4)) * 1.5
+    region = ball(CENTRES, EPS, valid)
+    got = np.asarray(project(region, jnp.asarray(x, jnp.float32)), np.float64)
+    box = Box(-np.inf, np.inf) if valid is None else valid
+    low, high = (np.broadcast_to(np.asarray(b, np.float64), (5, 4)) for b in (box.lower, box.upper))
+    for i in range(1, 5):
+        c, e = np.asarray(CENTRES[i], np.float64), float(EPS[i])
+        if ball is L2Ball:
+            limit = {"type": "ineq", "fun": lambda z, c=c, e=e: e**2 - ((z - c) ** 2).sum()}
+            start, unpack = c, lambda z: z
+            bounds = list(zip(low[i], high[i], strict=True))
+        else:  # z = c + p - n with p, n >= 0 and sum(p + n) <= e
+            limit = {"type": "ineq", "fun": lambda z, e=e: e - z.sum()}
+            start, unpack = np.zeros(8), lambda z, c=c: c + z[:4] - z[4:]
+            bounds = [(0, h) for h in high[i] - c] + [(0, h) for h in c - low[i]]
+        best = optimize.minimize(
+            lambda z, unpack=unpack, i=i: ((unpack(z) - x[i]) ** 2).sum(),
+            start, bounds=bounds, constraints=[limit], method="SLSQP",
+            options={"maxiter": 500, "ftol": 1e-12},
+        )  # fmt: skip
+        assert np.allclose(got[i], unpack(best.x), atol=2e-3)
+        assert ((got[i] - x[i]) ** 2).sum() <= best.fun + 1e-5
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=20, max_size=20), st.floats(0, 4, width=32))
+def test_projections_stay_inside_and_do_not_expand(values, eps):
+    x = jnp.asarray(np.float32(values).reshape(5, 4))
+    for ball in (L2Ball, L1Ball):
+        region = ball(CENTRES, eps, VALID)
+        run = jax.jit(project)
+        first, second = run(region, x), run(region, x + 0.5)
+        assert inside(region, first, 5e-6).all()
+        moved = np.linalg.norm(np.asarray(first - second), axis=1)
+        assert (moved <= np.linalg.norm(np.full(4, 0.5)) + 1e-4).all()
+
+
+def test_contains():
+    assert contains(LinfBall(CENTRES, 0.1), CENTRES + 0.09).all()
+    assert not contains(LinfBall(CENTRES, 0.1), CENTRES.at[:, 0].add(0.11)).any()
+    assert not contains(L2Ball(CENTRES, 0.1), CENTRES + 0.09).any()
+    assert contains(L1Ball(CENTRES, EPS), CENTRES.at[:, 1].add(0.2)).tolist() == [0, 0, 1, 1, 1]
+    assert not contains(LinfBall(CENTRES, 5.0, VALID), CENTRES + 1).any()
+    assert contains(Box(CENTRES, CENTRES), CENTRES).all()
+
+
+def test_bounding_boxes():
+    box = bounding_box(L2Ball(CENTRES, EPS, VALID))
+    assert (box.lower >= 0).all()
+    assert (box.upper <= 1).all()
+    assert np.array_equal(box.lower[0], CENTRES[0])
+    image = jnp.zeros((5, 2, 3))
+    assert per_example(EPS, image).shape == (5, 1, 1)
+    assert per_example(0.5, image).shape == ()
+    free = bounding_box(LinfBall(image, EPS))
+    assert np.allclose(free.upper[3], 0.7)
+
+
+@pytest.mark.parametrize("region", SETS, ids=ids)
+def test_sets_are_pytrees(region):
+    leaves, tree = jax.tree.flatten(region)
+    rebuilt = jax.tree.unflatten(tree, leaves)
+    assert type(rebuilt) is type(region)
+    jax.tree.unflatten(tree, [object()] * len(leaves))  # JAX does this: no checks in constructors
+    doubled = jax.jit(lambda r: jax.tree.map(lambda a: a * 2, r))(region)
+    assert np.allclose(bounding_box(doubled).lower, 2 * bounding_box(region).lower, atol=1e-6)
+    if getattr(region, "valid", None) is not VALID:
+        each = jax.vmap(lambda r: bounding_box(jax.tree.map(lambda a: a[None], r)).upper[0])(region)
+        assert np.allclose(each, bounding_box(region).upper)
+
+
+def test_checked_keeps_what_is_right():
+    region = checked(LinfBall(CENTRES, EPS, VALID))
+    assert np.array_equal(region.eps, EPS)
+    assert region.x is CENTRES
+    for eps in (0.1, 1 / 3, 1e-8, np.float64(0.1), np.array([0.1] * 5), 1):
+        assert (np.asarray(checked(LinfBall(CENTRES, eps)).eps, np.float64) >= eps).all()
+    assert checked(LinfBall(CENTRES, 0)).eps == 0
+
+
+def test_checked_turns_traced_mistakes_into_nan():
+    run = jax.jit(lambda x, e: bounding_box(checked(LinfBall(x, e, VALID))))
+    x = CENTRES.at[1, 0].set(jnp.nan).at[2, 0].set(jnp.inf).at[3, 0].set(-0.1)
+    box = run(x, EPS.at[4].set(-1.0))
+    known = ~(np.isnan(box.lower) | np.isnan(box.upper)).all(1)
+    assert known.tolist() == [True, False, False, False, False]
+    wrong = jax.jit(lambda l, u: checked(Box(l, u)))(CENTRES, CENTRES.at[2, 1].add(-1e-6))
+    assert np.isnan(wrong.lower).all(1).tolist() == [False, False, True, False, False]
