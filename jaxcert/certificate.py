@@ -126,6 +126,8 @@ class Verdict:
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """One line of words per example. Host side: needs concrete values."""
+    """One line of words per example of a `Verdict`. Host side: needs concrete values."""
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"expected a Verdict, got {type(verdict).__name__}")
     pairs = zip(verdict.status.tolist(), verdict.reason.tolist(), strict=True)
     return [f"{Status(s).name}: {MESSAGES[Reason(r)]}" for s, r in pairs]

@@ -14,7 +14,7 @@ This is the only file that touches JAX's program representation (`jax.extend.cor
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -82,6 +82,7 @@ class Graph:
     inputs: tuple[Var, ...]
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
+    random: bool = False  # whether random numbers are drawn in it, even from a constant key
 
 
 def trace(f: Callable[..., Any], *specs: Any, bounded: Sequence[bool] | None = None) -> Graph:
@@ -101,7 +102,8 @@ def trace(f: Callable[..., Any], *specs: Any, bounded: Sequence[bool] | None = N
     )
     equations: list[Equation] = []
     outputs = _flatten(jaxpr, consts, inputs, equations)
-    return prune(Graph(inputs, tuple(equations), tuple(outputs)))
+    random = any("random" in name or "threefry" in name for name in _names(jaxpr))
+    return prune(Graph(inputs, tuple(equations), tuple(outputs), random))
 
 
 def prune(graph: Graph) -> Graph:
@@ -127,6 +129,12 @@ def evaluate(graph: Graph, *values: Any) -> list[Any]:
 def read(env: dict[Var, Any], atom: Atom) -> Any:
     """The value of an atom: a known array stands for itself."""
     return env[atom] if isinstance(atom, Var) else atom
+
+
+def holds_all(wide: Any, narrow: Any) -> bool:
+    """Whether a float type represents every normal number of another one."""
+    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    return bool(a.nmant >= b.nmant and a.max >= b.max and a.tiny <= b.tiny)
 
 
 def unsupported(eqn: Equation, method: str, hint: str) -> UnsupportedEquation:
@@ -157,13 +165,18 @@ _CALLS = {
 
 _IDENTITIES = frozenset({"copy", "copy_p", "sharding_constraint", "optimization_barrier"})
 
+# Elementwise primitives that stretch operands of size 1 without saying so.
+_BROADCASTING = frozenset(
+    "add sub mul div max min pow select_n clamp lt le gt ge eq ne and or xor atan2 rem".split()
+)
+
 # Primitives without arithmetic: on known arrays their result is exact, so it is known too.
 _EXACT = frozenset(
     """
     reshape broadcast_in_dim transpose squeeze expand_dims slice concatenate rev pad gather tile
     dynamic_slice split stack unstack select_n neg abs sign max min clamp iota stop_gradient
     convert_element_type bitcast_convert_type random_bits random_wrap random_unwrap random_fold_in
-    random_split is_finite reduce_max reduce_min sort lt le gt ge eq ne
+    random_split is_finite scatter reduce_max reduce_min sort lt le gt ge eq ne
     """.split()
 )
 
@@ -203,6 +216,11 @@ def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[A
         return list(args)
     if name in _CALLS:
         return _flatten(*_open(eqn.params[_CALLS[name]]), args, out)
+    if any("Debug" not in type(effect).__name__ for effect in eqn.effects):
+        raise UnsupportedEquation(
+            f"'{name}' has a side effect ({_where(eqn.source_info)}); a model must be a pure "
+            "function of its input, without mutable references or callbacks"
+        )
     unknown = [a for a in args if isinstance(a, Var)]
     if not unknown and (name in _EXACT or not _any_float(eqn.outvars)):
         return _fold(eqn, args)
@@ -217,8 +235,17 @@ def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[A
             "use a fixed number of steps (lax.scan, lax.fori_loop with constant limits)"
         )
     outputs = [Var(tuple(v.aval.shape), v.aval.dtype, bounded) for v in eqn.outvars]
+    if name in _BROADCASTING:
+        args = [_spread(a, outputs[0].shape, out) for a in args]
     out.append(Equation(name, tuple(args), tuple(outputs), eqn.params, eqn.primitive))
     return list(outputs)
+
+
+def _spread(a: Atom, shape: tuple[int, ...], out: list[Equation]) -> Atom:
+    """A bounded operand at the shape of the result: copying entries is a step of its own."""
+    if not isinstance(a, Var) or not a.bounded or a.shape == shape:
+        return a
+    return _inline(lambda z: jnp.broadcast_to(z, shape), [a], out)[0]
 
 
 def _keeps_dtype(eqn: Any) -> bool:
@@ -227,6 +254,14 @@ def _keeps_dtype(eqn: Any) -> bool:
 
 def _any_float(outvars: Sequence[Any]) -> bool:
     return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in outvars)
+
+
+def _names(jaxpr: Any) -> Iterator[str]:
+    """The primitives of a program and of all programs inside of it."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+    for inner in core.subjaxprs(jaxpr):
+        yield from _names(inner)
 
 
 def _fold(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -238,6 +273,8 @@ def _fold(eqn: Any, args: Sequence[Any]) -> list[Any]:
 
 
 def _bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    # Lowered outside of a float64 block, numpy's float64 would be truncated; JAX's arrays are not.
+    values = [jnp.asarray(v) if isinstance(v, np.ndarray) else v for v in values]
     results = primitive.bind(*values, **primitive.get_bind_params(params))
     return list(results) if primitive.multiple_results else [results]
 

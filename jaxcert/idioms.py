@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcert.graph import Atom, Equation, Graph, Var, prune, trace
+from jaxcert.graph import Atom, Equation, Graph, Var, holds_all, prune, trace
 from jaxcert.model import is_traced
 
 
@@ -94,7 +94,7 @@ def simplify(graph: Graph) -> Graph:
 
 
 def _recognise(eqn: Equation, producers: dict[Var, Equation]) -> Equation:
-    if eqn.bounded:
+    if eqn.bounded and jnp.issubdtype(eqn.outputs[0].dtype, jnp.floating):
         for idiom in IDIOMS:
             if idiom.last == eqn.name and (found := _find(idiom, eqn, producers)):
                 return found
@@ -113,12 +113,18 @@ def _find(idiom: Idiom, eqn: Equation, producers: dict[Var, Equation]) -> Equati
     # Part of the key: how JAX types the numbers written in a reference depends on the x64 mode.
     mode = jnp.dtype(jnp.result_type(float)).name
     reference = _reference(idiom, shape, jnp.dtype(out.dtype).name, params.get("axes"), mode)
-    operands = _match(reference, out, producers)
+    operands = None if _rounds(reference) else _match(reference, out, producers)
     if operands is None:
         return None
     return dataclasses.replace(
         eqn, name=idiom.name, inputs=operands, params=params, primitive=None, inner=reference
     )
+
+
+def _rounds(reference: Graph) -> bool:
+    """Whether a step casts to a narrower type, which the exact function would leave out."""
+    casts = (eqn for eqn in reference.equations if eqn.name == "convert_element_type")
+    return any(not holds_all(eqn.outputs[0].dtype, eqn.inputs[0].dtype) for eqn in casts)
 
 
 def _nearest_sum(eqn: Equation, producers: dict[Var, Equation], depth: int = 5) -> Equation | None:
@@ -184,7 +190,9 @@ def _match(reference: Graph, out: Var, producers: dict[Var, Equation]) -> tuple[
 
 
 def _same_params(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(bool(np.all(a[key] == b[key])) for key in a)
+    return a.keys() == b.keys() and all(
+        np.shape(a[key]) == np.shape(b[key]) and bool(np.all(a[key] == b[key])) for key in a
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:

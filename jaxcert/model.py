@@ -2,11 +2,14 @@
 
 A model that is a pytree (an NNX module, `jax.tree_util.Partial(apply, params)`, or a
 `functools.partial` over arrays, which is treated alike) gives its arrays to jit as arguments, so a
-second net of the same shapes triggers no trace. Any other callable is a constant of the trace.
+second net of the same shapes triggers no trace. Any other callable is a constant of the compiled
+program, which is used again only if the callable still traces to the same program on the same
+weights: an object whose weights were replaced, or a new lambda around a new net, compiles anew.
 """
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -24,37 +27,80 @@ class Structure:
     """All of a model but its arrays; hashable, so that jit can take it as a static argument."""
 
     treedef: Any
-    constants: tuple[Any, ...]  # one per leaf, `_ARRAY` for arrays
+    constants: tuple["_Constant | None", ...]  # one per leaf, None for arrays
 
     def build(self, arrays: Sequence[Any]) -> Model:
         """The model again, with these arrays in the places of its own."""
         remaining = iter(arrays)
-        leaves = [next(remaining) if leaf is _ARRAY else leaf for leaf in self.constants]
+        leaves = [next(remaining) if c is None else c.value for c in self.constants]
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-class _Array:
-    def __repr__(self) -> str:
-        return "<array>"
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Constant:
+    """A leaf that is no array. Equal to another if the key is: True is not 1, 0.0 is not -0.0."""
+
+    value: Any
+    key: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
-_ARRAY = _Array()
+def split(f: Model, x: Any = None) -> tuple[list[Any], Structure]:
+    """A model as (arrays, structure), with `structure.build(arrays)` as the way back.
 
-
-def split(f: Model) -> tuple[list[Any], Structure]:
-    """A model as (arrays, structure), with `structure.build(arrays)` as the way back."""
+    Args:
+      f: the model.
+      x: an input, wherever the structure serves as a key for compiled programs.
+    """
     if isinstance(f, functools.partial) and not isinstance(f, jax.tree_util.Partial):
         f = jax.tree_util.Partial(f.func, *f.args, **f.keywords)
     if not callable(f):
         raise TypeError(f"the model must be callable on a batch, got {type(f).__name__}")
     leaves, treedef = jax.tree.flatten(f)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    constants = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+    opaque = jax.tree_util.treedef_is_leaf(treedef)
+    constants = tuple(
+        None if _is_array(leaf) else _Constant(leaf, _key(leaf, x, opaque)) for leaf in leaves
+    )
     return arrays, Structure(treedef, constants)
+
+
+def _key(leaf: Any, x: Any, is_model: bool) -> Any:
+    if isinstance(leaf, bool | int | float | complex | str | bytes | None):
+        return type(leaf), repr(leaf)
+    return (id(leaf), _fingerprint(leaf, x)) if is_model and x is not None else id(leaf)
+
+
+def _fingerprint(f: Model, x: Any) -> Any:
+    """What a callable computes on inputs like x: a digest of its program and of its constants."""
+    spec = jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+    closed = jax.make_jaxpr(lambda z: f(z))(spec)
+    if is_traced(closed.consts):
+        return object()  # weights of a surrounding trace: equal to nothing else
+    digest = hashlib.sha256(str(closed).encode())
+    for constant in closed.consts:
+        digest.update(_bytes(constant))
+    return digest.digest()
+
+
+def _bytes(constant: Any) -> bytes:
+    if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        constant = jax.random.key_data(constant)
+    return np.asarray(constant).tobytes()
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray)
+
+
+def uses_float64() -> bool:
+    """Whether the caller computes in float64 by default (JAX's x64 mode)."""
+    return jnp.dtype(jnp.result_type(float)) == jnp.float64
 
 
 def is_traced(*values: Any) -> bool:

@@ -10,13 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
-from jaxcert.errors import DataDependent, MixedRows, StatefulModel
-from jaxcert.graph import Atom, Equation, Graph, Var, trace, unsupported
-from jaxcert.idioms import simplify
-from jaxcert.model import Model, Structure, split
+from jaxcert.errors import DataDependent, MixedRows
+from jaxcert.graph import Atom, Equation, Graph, Var, unsupported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,68 +34,6 @@ Follow: TypeAlias = Callable[[Equation, Sequence[Rows | None], int], Rows | Sequ
 FOLLOW: dict[str, Follow] = {}
 
 
-def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dict[Var, Rows]]:
-    """The graph of a model at inputs (b, *input), and where each bounded value has its examples.
-
-    The function is also traced at batch 2 where b is 1: there an axis of size 1 could hide that
-    rows mix, or a model could behave differently for a batch of one.
-    """
-    if not shape or shape[0] < 1:
-        raise ValueError(f"the batch must hold at least one example, got shape {shape}")
-    arrays, structure = split(f)
-    counters: set[int] = set()
-
-    def rebuilt(x):  # rebuilt under the trace, so that a module may update its own state there
-        model = structure.build(arrays)
-        result = model(x)
-        after = split(model)[0]
-        counters.update(i for i, a in enumerate(arrays) if a is not after[i] and _counts(a))
-        return result
-
-    if shape[0] == 1:
-        pair = (2, *shape[1:])
-        check(simplify(trace(rebuilt, jax.ShapeDtypeStruct(pair, dtype))), batch=2)
-    graph = simplify(trace(rebuilt, jax.ShapeDtypeStruct(shape, dtype)))
-    _require_repeatable(structure, arrays, sorted(counters), jax.ShapeDtypeStruct(shape, dtype))
-    if len(graph.outputs) != 1:
-        raise TypeError(
-            f"the model must return one array of logits (b, k), got {len(graph.outputs)} arrays"
-        )
-    if shape[0] == 1:
-        # A single example mixes with nothing, and its axis may come and go: jnp.matmul drops it.
-        values = [graph.inputs[0], *(out for eqn in graph.equations for out in eqn.outputs)]
-        return graph, {v: Rows(0) if v.shape[:1] == (1,) else Rows(-1) for v in values if v.bounded}
-    return graph, check(graph, batch=shape[0])
-
-
-def _counts(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.integer)
-
-
-def _require_repeatable(
-    structure: Structure, arrays: Sequence[Any], counters: Sequence[int], x: jax.ShapeDtypeStruct
-) -> None:
-    """Raise if the output depends on counters that each call moves on, as active dropout does."""
-    if not counters:
-        return
-
-    def counted(x, *values):
-        moved = list(arrays)
-        for i, value in zip(counters, values, strict=True):
-            moved[i] = value
-        return structure.build(moved)(x)
-
-    states = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in counters]
-    graph = trace(counted, x, *states, bounded=[True] + [False] * len(states))
-    read = {id(atom) for eqn in graph.equations for atom in eqn.inputs}
-    if any(id(state) in read for state in graph.inputs[1:]):
-        raise StatefulModel(
-            "the model's output depends on a counter that every call moves on, so each call is "
-            "another function; active dropout is the usual cause: call model.eval() first, or "
-            "build it with deterministic=True"
-        )
-
-
 def check(graph: Graph, batch: int) -> dict[Var, Rows]:
     """The place of the batch axis in every bounded value; `MixedRows` where there is none.
 
@@ -114,6 +49,11 @@ def check(graph: Graph, batch: int) -> dict[Var, Rows]:
             )
         places = [rows.get(a) if isinstance(a, Var) else None for a in eqn.inputs]
         followed = FOLLOW[eqn.name](eqn, places, batch)
+        if any(_is_integer(out) for out in eqn.outputs):
+            raise DataDependent(
+                f"'{eqn.name}' makes integers that depend on the input ({eqn.where()}), which "
+                "cannot be bounded; use floating point numbers, e.g. jnp.where(x > 0, 1.0, 2.0)"
+            )
         each = [followed] * len(eqn.outputs) if isinstance(followed, Rows) else followed
         rows.update(zip(eqn.outputs, each, strict=True))
     out = graph.outputs[0]
@@ -129,12 +69,17 @@ def check(graph: Graph, batch: int) -> dict[Var, Rows]:
     return rows
 
 
+def _is_integer(out: Var) -> bool:
+    return jnp.issubdtype(out.dtype, jnp.integer)
+
+
 def mixed(eqn: Equation, what: str) -> MixedRows:
     """The error for an equation that lets examples influence each other."""
     return MixedRows(
         f"'{eqn.name}' {what} the batch axis ({eqn.where()}), so an example's output depends on "
         "the other examples and has no bound of its own. Batch normalisation in training mode is "
-        "the usual cause: build it with use_running_average=True (NNX: model.eval())"
+        "the usual cause: build it with use_running_average=True (NNX: model.eval()). A loop over "
+        "the examples is jax.vmap of the model of one example"
     )
 
 

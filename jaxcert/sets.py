@@ -237,6 +237,8 @@ def _require_float_batch(x: Any, name: str) -> None:
             f"{name} must be floating point, got {x.dtype}; "
             f"scale it the way the model expects, e.g. {name}.astype(jnp.float32) / 255"
         )
+    if x.ndim and x.shape[0] == 0:
+        raise ValueError(f"{name} holds no examples: its shape is {x.shape}")
     if x.ndim < 2:
         raise ValueError(
             f"{name} must have a batch axis first, (b, *input); got shape {x.shape}: "

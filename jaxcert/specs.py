@@ -88,5 +88,7 @@ def proved(prop: Property, bound: Callable[[Spec], Box]) -> Array:
     """
     if isinstance(prop, Spec):
         return jnp.all(bound(prop).lower > 0, axis=-1)
+    if not prop.parts:
+        raise ValueError(f"an {type(prop).__name__} without parts states nothing")
     parts = jnp.stack([proved(part, bound) for part in prop.parts])
     return jnp.all(parts, axis=0) if isinstance(prop, AllOf) else jnp.any(parts, axis=0)

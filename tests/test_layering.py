@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxcert"
 # Each room may import from itself and from the rooms named here.
 MODEL = {"errors", "model", "floats"}
 WORDS = MODEL | {"sets", "specs", "certificate"}
-GRAPH = {"graph", "idioms", "rows"}
+GRAPH = {"graph", "idioms", "rows", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
     "model": set(),
@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "certificate": MODEL | {"sets"},
     "graph": MODEL,
     "idioms": MODEL | {"graph"},
-    "rows": MODEL | {"graph", "idioms"},
+    "rows": MODEL | {"graph"},
+    "tracing": MODEL | {"graph", "idioms", "rows"},
     "bounds": WORDS | GRAPH,
     "lipschitz": WORDS | GRAPH | {"bounds"},
-    "smoothing": WORDS,
+    "smoothing": WORDS | GRAPH,
     "evaluate": WORDS,
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -1,15 +1,17 @@
 """Certificates from bounds: the margin of the predicted class, bounded over the whole set."""
 
+import dataclasses
 import functools
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
+from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.interval import Method, ibp
 from jaxcert.certificate import Certificate, Reason, Status, Verdict, issue, predicted_class
 from jaxcert.floats import ieee_float64
-from jaxcert.model import Model, Structure, output_shape, split
+from jaxcert.model import Model, Structure, output_shape, split, uses_float64
 from jaxcert.sets import Array, Ball, Box, InputSet, checked
 from jaxcert.specs import margins, proved
 
@@ -55,12 +57,13 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
     if output_shape(f, centre).shape[1] < 2:
         raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
-    arrays, structure = split(f)
+    arrays, structure = split(f, centre)
     prediction = _predict(structure, arrays, centre)
     # Called inside of the block: float64 inputs reach the proof whole, and transformations that
     # replay the compiled program (vmap of jit) do so in float64.
+    setting = _Setting(structure, method, uses_float64(), tuple(RULES.items()))
     with jax.enable_x64(True):
-        robust = _proved(structure, method, *ieee_float64((arrays, region, prediction)))
+        robust = _proved(setting, *ieee_float64((arrays, region, prediction)))
     if isinstance(region, Box):
         return _verdict(prediction, robust)
     radius = jnp.where(robust, jnp.broadcast_to(region.eps, robust.shape), 0.0)
@@ -72,14 +75,23 @@ def _predict(structure: Structure, arrays: list[Any], centre: Array) -> Array:
     return predicted_class(structure.build(arrays)(centre))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _proved(
-    structure: Structure, method: Method, arrays: list[Any], region: InputSet, prediction: Array
-) -> Array:
-    f = structure.build(arrays)
-    centre = region.lower if isinstance(region, Box) else region.x
-    spec = margins(prediction, output_shape(f, centre).shape[1])
-    return proved(spec, functools.partial(method(f, outward=True), region))
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """What a compiled proof depends on beside arrays."""
+
+    structure: Structure
+    method: Method
+    mode: bool  # whether the caller is in JAX's x64 mode
+    rules: tuple[Any, ...]  # a rule registered later compiles anew
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _proved(setting: _Setting, arrays: list[Any], region: InputSet, prediction: Array) -> Array:
+    f = setting.structure.build(arrays)
+    with jax.enable_x64(setting.mode):  # the transform takes the caller's mode from here
+        bound = setting.method(f, outward=True)
+        k = output_shape(f, region.lower if isinstance(region, Box) else region.x).shape[1]
+    return proved(margins(prediction, k), functools.partial(bound, region))
 
 
 def _verdict(prediction: Array, robust: Array) -> Verdict:

@@ -59,7 +59,7 @@ def valley(bottom: float, least: float) -> Rule:
     def rule(eqn, values, outward):
         low, high = _ends(eqn, values, outward)
         (x,) = values
-        spans = (lower(x) <= bottom + 1e-3) & (upper(x) >= bottom - 1e-3)
+        spans = (lower(x) <= bottom + 0.01) & (upper(x) >= bottom - 0.01)
         floor = least - 4 * float(jnp.finfo(eqn.outputs[0].dtype).eps)
         return Box(
             jnp.where(spans, floor, jnp.minimum(low.lower, high.lower)),
@@ -120,15 +120,16 @@ def normaliser(link: Callable[[Array], Array]) -> Rule:
 
     def rule(eqn, values, outward):
         (x, shift), (axis,) = values, eqn.params["axes"]
-        if lower(x).shape[axis] == 1:
-            return Box(*[link(jnp.full_like(end, jnp.inf)) for end in (lower(x), upper(x))])
-
         least = float(jnp.finfo(lower(x).dtype).min)
         masked = lower(x) == -jnp.inf
         unclear = jnp.any(masked, axis, keepdims=True) & (
             jnp.max(lower(x), axis, keepdims=True) < least / 2
         )
         unclear |= ~(jnp.isfinite(lower(shift)) & jnp.isfinite(upper(shift)))
+        if lower(x).shape[axis] == 1:
+            unclear |= jnp.isnan(lower(x)) | jnp.isnan(upper(x))
+            certain = link(jnp.full_like(lower(x), jnp.inf))
+            return unless(unclear, Box(certain, certain))
 
         def end(a, b):
             a, b = jnp.maximum(a, least), jnp.maximum(b, least)

@@ -55,6 +55,14 @@ def output(graph: Graph, inputs: Sequence[Value], outward: bool) -> Value:
     return operand(interpret(graph, inputs, outward), graph.outputs[0], outward)
 
 
+def _both_or_neither(box: Box) -> Box:
+    """A box of which one end is unknown (NaN) is unknown."""
+    if not jnp.issubdtype(box.lower.dtype, jnp.floating):
+        return box
+    unknown = jnp.isnan(box.lower) | jnp.isnan(box.upper)
+    return Box(*[jnp.where(unknown, jnp.nan, end) for end in (box.lower, box.upper)])
+
+
 def _apply(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequence[Value]:
     # Weights among themselves are simply computed, except in a proof: there 1 / sqrt(variance) of
     # a batch normalisation is rounded, hence an interval.
@@ -66,7 +74,7 @@ def _apply(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequence[Va
     result = RULES[eqn.name](eqn, values, outward)
     results = result if isinstance(result, list) else [result]
     if outward:
-        return results
+        return [_both_or_neither(box) for box in results]
     # Rules compute in whatever type their arithmetic promotes to; the model's own comes back here.
     return [
         Box(box.lower.astype(out.dtype), box.upper.astype(out.dtype))

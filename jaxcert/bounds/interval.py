@@ -10,17 +10,17 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from jaxcert.bounds import functions, rounding, rules  # noqa: F401  (they fill the table of rules)
 from jaxcert.bounds.interpreter import define, lower, output, upper
 from jaxcert.bounds.last_layer import with_spec
 from jaxcert.floats import ieee_float64
 from jaxcert.graph import Graph, Var
-from jaxcert.model import Model, Structure, as_float64, split
-from jaxcert.rows import FOLLOW, Follow, Rows, same_axes, trace_rows
+from jaxcert.model import Model, as_float64, split, uses_float64
+from jaxcert.rows import FOLLOW, Follow, Rows, same_axes
 from jaxcert.sets import Box, InputSet, bounding_box, checked
 from jaxcert.specs import Spec
+from jaxcert.tracing import trace_float64, trace_rows
 
 
 class Bound(Protocol):
@@ -62,6 +62,8 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
       [[0.75 0.  ]] [[2.25 2.5 ]]
     """
 
+    mode = uses_float64()
+
     def bound(region: InputSet, spec: Spec | None = None) -> Box:
         region = checked(region)
         if not outward:
@@ -74,9 +76,11 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
             arrays, structure = split(f)
             arrays, region, spec = ieee_float64((arrays, region, spec))
             box = bounding_box(as_float64(region))
-            if not isinstance(region, Box):
+            if isinstance(region, Box):  # its ends are exact, unless they are read as zero
+                box = Box(box.lower - 2 * rounding.TINY, box.upper + 2 * rounding.TINY)
+            else:
                 box = rounding.widen(box, rounding.ARITHMETIC)
-            traced = _trace_float64(structure, arrays, box.lower.shape, dtype)
+            traced = trace_float64(structure, arrays, box.lower.shape, dtype, mode)
             return rounding.narrow(_propagate(*traced, box, as_float64(spec), outward=True), dtype)
 
     return bound
@@ -109,21 +113,6 @@ def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axe
     """
     define(primitive, rule)
     FOLLOW[primitive] = follow
-
-
-def _trace_float64(
-    structure: Structure, arrays: list[Any], shape: tuple[int, ...], dtype: Any
-) -> tuple[Graph, dict[Var, Rows]]:
-    """The model traced in float64, or in its own types if its code insists on them.
-
-    A recurrent cell that starts from float32 zeros cannot be traced in float64. The rules compute
-    in float64 either way, so only the numbers written in the model's code differ: they are then
-    those of the float32 program.
-    """
-    try:
-        return trace_rows(structure.build(as_float64(arrays)), shape, jnp.float64)
-    except TypeError:
-        return trace_rows(structure.build(arrays), shape, dtype)
 
 
 def _propagate(

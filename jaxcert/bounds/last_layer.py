@@ -66,6 +66,8 @@ def _map(value: Value, f: Callable[[Array], Array]) -> Value:
 
 def _spec_matrix(spec: Spec, b: int, k: int, dtype: Any) -> Array:
     matrix = jnp.asarray(spec.matrix, dtype)
+    if matrix.ndim > 1 and matrix.shape[-2] == 0:
+        raise ValueError("the spec has no rows, so there is nothing to prove")
     if (
         matrix.ndim not in (2, 3)
         or matrix.shape[-1] != k
@@ -92,7 +94,8 @@ def _split_last_layer(graph: Graph, rows: dict[Var, Rows]) -> tuple[Graph, Graph
             break
         tail.append(eqn)
         current = bounded[0]
-        if rows[current] == Rows(0):  # each example's part must be a row to be flattened
+        # Each example's part must be a row of its own, to be flattened above.
+        if rows[current] == Rows(0) and current.shape[0] == graph.inputs[0].shape[0]:
             cut, end = len(tail), current
         if eqn.name in _LAYERS:
             break

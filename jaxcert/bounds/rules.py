@@ -17,7 +17,7 @@ from jax import lax
 from jaxcert.bounds import rounding
 from jaxcert.bounds.interpreter import Rule, Value, define, lower, upper
 from jaxcert.errors import DataDependent
-from jaxcert.graph import Equation, Var
+from jaxcert.graph import Equation, Var, holds_all
 from jaxcert.sets import Array, Box
 
 
@@ -51,6 +51,17 @@ def increasing(units: float = 0, least: float = -math.inf, most: float = math.in
     return rule
 
 
+def increasing_from(start: float, units: float, least: float = -math.inf) -> Rule:
+    """Nondecreasing, undefined below `start`: nothing is known of a box that reaches below."""
+    forward = increasing(units, least)
+
+    def rule(eqn, values, outward):
+        (box,) = forward(eqn, values, outward)
+        return unless(~(lower(values[0]) >= start), box)
+
+    return rule
+
+
 def decreasing(units: float = 0, least: float = -math.inf, most: float = math.inf) -> Rule:
     """Nonincreasing in its operand: ends swap."""
     forward = increasing(units, least, most)
@@ -74,9 +85,9 @@ define("add", increasing(rounding.ARITHMETIC))
 define("exp2", increasing(rounding.UNITS["exp2"], least=0))
 define("exp", increasing(rounding.UNITS["exp"], least=0))
 define("expm1", increasing(rounding.UNITS["expm1"], least=-1))
-define("log", increasing(rounding.UNITS["log"]))
-define("log1p", increasing(rounding.UNITS["log1p"]))
-define("sqrt", increasing(rounding.UNITS["sqrt"], least=0))
+define("log", increasing_from(0, rounding.UNITS["log"]))
+define("log1p", increasing_from(-1, rounding.UNITS["log1p"]))
+define("sqrt", increasing_from(0, rounding.UNITS["sqrt"], least=0))
 define("cbrt", increasing(rounding.UNITS["cbrt"]))
 define("tanh", increasing(rounding.UNITS["tanh"], least=-1, most=1))
 define("erf", increasing(rounding.UNITS["erf"], least=-1, most=1))
@@ -384,22 +395,35 @@ define("conv_general_dilated", _conv)
 # --- Comparisons, selections, casts ---------------------------------------------------------------
 #
 # A comparison is a box of booleans, False < True. "Surely" needs the comparison of the ends to be
-# true, "possibly" needs its opposite not to be: a NaN end is then never sure of anything.
+# true, "possibly" needs its opposite not to be; where any of the four ends is NaN both are open.
 
-define("lt", lambda e, v, o: Box(upper(v[0]) < lower(v[1]), ~(lower(v[0]) >= upper(v[1]))))
-define("le", lambda e, v, o: Box(upper(v[0]) <= lower(v[1]), ~(lower(v[0]) > upper(v[1]))))
-define("gt", lambda e, v, o: Box(lower(v[0]) > upper(v[1]), ~(upper(v[0]) <= lower(v[1]))))
-define("ge", lambda e, v, o: Box(lower(v[0]) >= upper(v[1]), ~(upper(v[0]) < lower(v[1]))))
+
+def comparison(surely: Callable[..., Array], not_possibly: Callable[..., Array]) -> Rule:
+    """A rule from two tests of the ends (xl, xu, yl, yu)."""
+
+    def rule(eqn, values, outward):
+        ends = [end(v) for v in values for end in (lower, upper)]
+        unknown = functools.reduce(jnp.logical_or, [end != end for end in ends])  # NaN
+        return Box(surely(*ends) & ~unknown, ~not_possibly(*ends) | unknown)
+
+    return rule
+
+
+define("lt", comparison(lambda xl, xu, yl, yu: xu < yl, lambda xl, xu, yl, yu: xl >= yu))
+define("le", comparison(lambda xl, xu, yl, yu: xu <= yl, lambda xl, xu, yl, yu: xl > yu))
+define("gt", comparison(lambda xl, xu, yl, yu: xl > yu, lambda xl, xu, yl, yu: xu <= yl))
+define("ge", comparison(lambda xl, xu, yl, yu: xl >= yu, lambda xl, xu, yl, yu: xu < yl))
+_EQUAL = comparison(
+    lambda xl, xu, yl, yu: (xl == yu) & (xu == yl), lambda xl, xu, yl, yu: (xu < yl) | (xl > yu)
+)
 
 
 def _eq(eqn, values, outward):
-    x, y = values
+    x = values[0]
     if eqn.inputs[0] is eqn.inputs[1]:  # how `isnan` is written: surely equal if it is a number
         known = ~jnp.isnan(lower(x)) & ~jnp.isnan(upper(x))
         return Box(known, jnp.ones_like(known))
-    surely = (lower(x) == upper(y)) & (upper(x) == lower(y))
-    apart = (upper(x) < lower(y)) | (lower(x) > upper(y))
-    return Box(surely, ~apart)
+    return _EQUAL(eqn, values, outward)
 
 
 def _ne(eqn, values, outward):
@@ -440,7 +464,7 @@ def _convert(eqn, values, outward):
     if not outward:
         return increasing()(eqn, values, outward)
     box = Box(*[jnp.asarray(end, jnp.float64) for end in (lower(x), upper(x))])
-    if source == jnp.bool_ or jnp.finfo(to).nmant >= jnp.finfo(source).nmant:
+    if source == jnp.bool_ or holds_all(to, source):
         return box
     return _narrowed(box, jnp.finfo(to))
 
@@ -449,13 +473,18 @@ def _reduce_precision(eqn, values, outward):
     if not outward:
         return increasing()(eqn, values, outward)
     exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    return _rounded(values[0], 2.0 ** -(mantissa + 1), 2.0 ** (2 - 2 ** (exponent - 1)))
+    largest = 2.0 ** min(2 ** (exponent - 1) - 1, 1023)
+    box = _rounded(values[0], 2.0 ** -(mantissa + 1), 2.0 ** max(2 - 2 ** (exponent - 1), -1022))
+    return _unless_overflowing(values[0], largest, box)
 
 
 def _narrowed(x: Value, info: Any) -> Box:
     box = _rounded(x, float(info.eps) / 2, float(info.tiny))
-    too_big = ~(jnp.maximum(jnp.abs(lower(x)), jnp.abs(upper(x))) < float(info.max))
-    return unless(too_big, box)
+    return _unless_overflowing(x, float(info.max), box)
+
+
+def _unless_overflowing(x: Value, largest: float, box: Box) -> Box:
+    return unless(~(jnp.maximum(jnp.abs(lower(x)), jnp.abs(upper(x))) < largest), box)
 
 
 def _rounded(x: Value, unit: float, tiny: float) -> Box:

@@ -45,7 +45,8 @@ def run(
 
     Args:
       certifier: `(x, index) -> Certificate`, of (b, *input) and int (b,); made with
-        `functools.partial`, or `lambda x, index: ...` for one that needs no index.
+        `functools.partial`; one that needs no index is wrapped, e.g.
+        `lambda x, index: lipschitz.certify(f, x)`.
       x: images (m, *input), a numpy or JAX array; batches are passed on as they come.
       labels: int (m,), the true classes.
       index: int (m,), distinct: which image of the data set each is, from which smoothing draws

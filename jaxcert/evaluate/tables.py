@@ -29,7 +29,7 @@ class Row:
       certified: the certified accuracy at each of them.
       average_radius: mean(correct * radius).
       abstained: fraction without a prediction.
-      seconds: mean per image.
+      seconds: median per image.
     """
 
     name: str
@@ -55,7 +55,7 @@ def row(name: str, results: Results, radii: Sequence[float]) -> Row:
         certified=tuple(metrics.certified_accuracy(results, label, list(radii)).tolist()),
         average_radius=metrics.average_certified_radius(results, label),
         abstained=metrics.abstention_rate(results),
-        seconds=float(np.mean(results.seconds)),
+        seconds=float(np.median(results.seconds)),  # the first batch may include a compilation
     )
 
 

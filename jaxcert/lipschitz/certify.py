@@ -19,9 +19,9 @@ from jaxcert.floats import ieee_float64, rounded_up
 from jaxcert.graph import Atom, Graph, Var
 from jaxcert.lipschitz.chain import centre, speeds
 from jaxcert.lipschitz.constants import UNIT
-from jaxcert.model import Model, Structure, as_float64, is_traced, output_shape, split
-from jaxcert.rows import trace_rows
+from jaxcert.model import Model, Structure, is_traced, output_shape, split, uses_float64
 from jaxcert.sets import Box, L2Ball, checked
+from jaxcert.tracing import trace_float64
 
 Array: TypeAlias = jax.Array
 
@@ -48,12 +48,13 @@ def certify(f: Model, x: Any) -> Certificate:
       MixedRows: an example's output depends on other examples.
     """
     checked(L2Ball(x, 0.0))
-    arrays, structure = split(f)
+    arrays, structure = split(f, x)
     output_shape(lambda z: structure.build(arrays)(z), x)
     prediction = _predict(arrays, structure, x)
+    mode = uses_float64()
     with jax.enable_x64(True):
         arrays, x, prediction = ieee_float64((arrays, x, prediction))
-        radius = _radius(arrays, structure, x, prediction)
+        radius = _radius(arrays, structure, x, prediction, mode)
     return issue(prediction, radius, norm=2.0)
 
 
@@ -69,9 +70,11 @@ def constant(f: Model, input_shape: tuple[int, ...]) -> Array:
       and x'. It is inf where the weights are not finite. Raises as `certify`.
     """
     dtype = jnp.result_type(float)
-    arrays, structure = split(f)
+    arrays, structure = split(f, jax.ShapeDtypeStruct((1, *input_shape), dtype))
+    mode = uses_float64()
     with jax.enable_x64(True):
-        return rounded_up(_constant(ieee_float64(arrays), structure, tuple(input_shape)), dtype)
+        bound = _constant(ieee_float64(arrays), structure, tuple(input_shape), mode)
+        return rounded_up(bound, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -79,10 +82,12 @@ def _predict(arrays: list[Any], structure: Structure, x: Array) -> Array:
     return predicted_class(structure.build(arrays)(x))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _radius(arrays: list[Any], structure: Structure, x: Array, prediction: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _radius(
+    arrays: list[Any], structure: Structure, x: Array, prediction: Array, mode: bool
+) -> Array:
     with jax.enable_x64(True):
-        graph, _ = trace_rows(structure.build(as_float64(arrays)), x.shape, jnp.float64)
+        graph, _ = trace_float64(structure, arrays, x.shape, x.dtype, mode)
         # XLA:CPU reads denormals as 0, so the point that was meant lies this close to the one used.
         read_as_zero = 0.0 if x.dtype == jnp.float64 else float(jnp.finfo(jnp.float32).tiny)
         wide = x.astype(jnp.float64)
@@ -94,10 +99,11 @@ def _radius(arrays: list[Any], structure: Structure, x: Array, prediction: Array
         return jnp.where(finite, radius, 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _constant(arrays: list[Any], structure: Structure, shape: tuple[int, ...]) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _constant(arrays: list[Any], structure: Structure, shape: tuple[int, ...], mode: bool) -> Array:
     with jax.enable_x64(True):
-        graph, _ = trace_rows(structure.build(as_float64(arrays)), (1, *shape), jnp.float64)
+        dtype = jnp.dtype(jnp.float64 if mode else jnp.float32)
+        graph, _ = trace_float64(structure, arrays, (1, *shape), dtype, mode)
         weights = tuple(eqn for eqn in graph.equations if not eqn.bounded)
         values = interpret(Graph((), weights, ()), [], outward=True)
         speed = _speed(speeds(graph, values), graph.outputs[0])

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds.interpreter import Value, lower, operand, upper
+from jaxcert.bounds.rounding import TINY, UNIT
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.graph import Equation, Graph, Var, unsupported
+from jaxcert.graph import Equation, Graph, Var, holds_all, unsupported
 from jaxcert.lipschitz import constants
-from jaxcert.lipschitz.constants import UNIT
 from jaxcert.sets import Array, Box
 
 Rule: TypeAlias = Callable[[Equation, int, list[Value]], Array | float]
@@ -40,8 +40,8 @@ def speeds(graph: Graph, values: dict[Var, Value]) -> dict[Var, Array]:
     for eqn in graph.equations:
         if not eqn.bounded:
             continue
-        if any(out.dtype != jnp.float64 for out in eqn.outputs):
-            raise unsupported(eqn, "lipschitz", f"it leaves float64, which rounds; {_HINT}")
+        if eqn.name == "convert_element_type" and _narrows(eqn):
+            raise unsupported(eqn, "lipschitz", f"it rounds to a narrower type; {_HINT}")
         incoming = {
             i: known[a] for i, a in enumerate(eqn.inputs) if isinstance(a, Var) and a.bounded
         }
@@ -50,8 +50,12 @@ def speeds(graph: Graph, values: dict[Var, Value]) -> dict[Var, Array]:
         else:
             ((place, speed),) = incoming.items()
             result = speed * _factor(eqn, place, values)
-        known.update(dict.fromkeys(eqn.outputs, result * (1 + 4 * UNIT)))
+        known.update(dict.fromkeys(eqn.outputs, result * (1 + 4 * UNIT) + TINY))
     return known
+
+
+def _narrows(eqn: Equation) -> bool:
+    return not holds_all(eqn.outputs[0].dtype, eqn.inputs[0].dtype)
 
 
 def _sum(eqn: Equation, incoming: list[Array]) -> Array:

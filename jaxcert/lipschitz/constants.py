@@ -258,7 +258,7 @@ def _proved_norm(matrix: Array) -> tuple[Array, Array, Array]:
     remainder += gamma * (_frobenius(scaled) * _frobenius(right) + _frobenius(matrix))
     stretch = _orthogonality(left, gamma) + _orthogonality(jnp.conj(right.T), gamma)
     # sqrt((1 + a) (1 + b)) <= 1 + (a + b) / 2.
-    bound = jnp.max(values) * (1 + stretch) + 2 * remainder
+    bound = jnp.max(jnp.abs(values)) * (1 + stretch) + 2 * remainder
     return bound * (1 + 8 * UNIT), left[:, 0], jnp.conj(right[0])
 
 

@@ -18,7 +18,7 @@ from jaxcert.model import Model, Structure, split
 from jaxcert.sets import is_traced
 from jaxcert.smoothing.confidence import clopper_pearson_lower, leader_is_certain
 from jaxcert.smoothing.noise import Noise
-from jaxcert.smoothing.sampling import count_votes
+from jaxcert.smoothing.sampling import count_votes, rows_apart
 
 Array: TypeAlias = jax.Array
 
@@ -97,6 +97,9 @@ def certify(key: Array, f: Model, x: Any, plan: SmoothingPlan, *, index: Any = N
     Raises:
       TypeError, ValueError: for integer images, a missing batch axis, a raw uint32 key, an index
         of another shape, a model that returns anything but float logits (b, k) with k >= 2.
+      MixedRows: an example's output depends on other examples, so that the votes of a chunk would
+        not be independent (batch normalisation in training mode).
+      StatefulModel: each call of the model is another function (active dropout).
 
     Example:
       >>> from jaxcert.smoothing import Gaussian
@@ -108,7 +111,7 @@ def certify(key: Array, f: Model, x: Any, plan: SmoothingPlan, *, index: Any = N
       [ 0 -1] True
     """
     x, index = _checked(key, x, plan, index)
-    arrays, structure = split(f)
+    arrays, structure = split(f, x)
     return _certify(arrays, key, x, index, structure=structure, plan=plan)
 
 
@@ -124,7 +127,7 @@ def predict(key: Array, f: Model, x: Any, plan: SmoothingPlan, *, index: Any = N
       int32 (b,).
     """
     x, index = _checked(key, x, plan, index)
-    arrays, structure = split(f)
+    arrays, structure = split(f, x)
     return _predict(arrays, key, x, index, structure=structure, plan=plan)
 
 
@@ -139,7 +142,9 @@ def _certify(
         p_lower = clopper_pearson_lower(successes, plan.n, plan.alpha)
         radius = plan.noise.radius(p_lower)
         prediction = jnp.where(radius > 0, top, ABSTAIN)
-    return issue(prediction, radius, norm=plan.noise.norm, confidence=1 - plan.alpha)
+    # 1 is kept for proofs, however small alpha is.
+    confidence = min(1 - plan.alpha, math.nextafter(1, 0))
+    return issue(prediction, radius, norm=plan.noise.norm, confidence=confidence)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "plan"))
@@ -161,14 +166,15 @@ def _votes(
     plan: SmoothingPlan,
     n0: int,
 ) -> tuple[Array, Array]:
-    """`count_votes` with no votes at all for an image that is not finite, so that it abstains."""
+    """`count_votes`, with no votes at all where they would mean nothing, so that it abstains."""
 
     def f(z):  # rebuilt inside of the loop, so that a module may update its own state there
         return structure.build(arrays)(z)
 
     votes = count_votes(key, f, x, index, noise=plan.noise, n=plan.n, n0=n0, chunk=plan.chunk)
-    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
-    estimation, selection = (jnp.where(finite[:, None], part, 0) for part in votes)
+    usable = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+    usable &= rows_apart(structure, arrays, x, plan.chunk)
+    estimation, selection = (jnp.where(usable[:, None], part, 0) for part in votes)
     return estimation, selection
 
 

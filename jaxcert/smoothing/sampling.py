@@ -10,14 +10,17 @@ Promises, whatever the chunk size, the batch and the order of its images:
   partly used last batch is filled up with draws that are not counted.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxcert.certificate import ABSTAIN, predicted_class
-from jaxcert.model import Model, output_shape
+from jaxcert.errors import UnsupportedEquation
+from jaxcert.model import Model, Structure, output_shape
 from jaxcert.smoothing.noise import Noise, no_contraction
+from jaxcert.tracing import trace_rows
 
 Array: TypeAlias = jax.Array
 
@@ -80,6 +83,27 @@ def count_votes(
 
     counts = jax.lax.map(count_image, (x, index))
     return counts[:, 0], counts[:, 1]
+
+
+def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array | bool:
+    """Whether the rows of a batch leave each other alone, without which votes are not independent.
+
+    Proved from the model's equations where they can be followed; mixing raises. A model that cannot
+    be followed is put to the test: all rows but the first are replaced, and the first row's logits
+    must stay the same to the bit.
+
+    Raises:
+      MixedRows, StatefulModel: see `jaxcert.errors`.
+    """
+    try:
+        trace_rows(structure.build(arrays), (2, *x.shape[1:]), x.dtype)
+    except UnsupportedEquation:
+        alike = jnp.broadcast_to(x[0], (chunk, *x.shape[1:]))
+        first, second = (
+            structure.build(arrays)(batch)[0] for batch in (alike, alike.at[1:].multiply(-1.5))
+        )
+        return jnp.all((first == second) | (jnp.isnan(first) & jnp.isnan(second)))
+    return True
 
 
 def _schedule(c: Array, n: int, n0: int, chunk: int) -> tuple[Array, Array]:

@@ -15,8 +15,9 @@ from models import MODELS, weights
 from jaxcert.bounds import certify, ibp
 from jaxcert.errors import DataDependent, MixedRows
 from jaxcert.model import split
-from jaxcert.rows import Rows, trace_rows
+from jaxcert.rows import Rows
 from jaxcert.sets import Box, LinfBall
+from jaxcert.tracing import trace_rows
 
 
 class TrainModeNNX(nnx.Module):

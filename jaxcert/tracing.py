@@ -1,0 +1,144 @@
+"""Models as checked graphs: the one way from a user's function to equations that can be bounded."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcert.errors import StatefulModel
+from jaxcert.graph import Graph, Var, trace
+from jaxcert.idioms import simplify
+from jaxcert.model import Model, Structure, as_float64, is_traced, split
+from jaxcert.rows import Rows, check
+
+Traced = tuple[Graph, dict[Var, Rows]]
+
+
+def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dict[Var, Rows]]:
+    """The graph of a model at inputs (b, *input), and where each bounded value has its examples.
+
+    The function is also traced at batch 2 where b is 1: there an axis of size 1 could hide that
+    rows mix, or a model could behave differently for a batch of one.
+    """
+    if not shape or shape[0] < 1:
+        raise ValueError(f"the batch must hold at least one example, got shape {shape}")
+    arrays, structure = split(f)
+    counters: set[int] = set()
+
+    def rebuilt(x):  # rebuilt under the trace, so that a module may update its own state there
+        model = structure.build(arrays)
+        result = model(x)
+        after = split(model)[0]
+        counters.update(i for i, a in enumerate(arrays) if a is not after[i] and _counts(a))
+        return result
+
+    if shape[0] == 1:
+        pair = (2, *shape[1:])
+        check(simplify(trace(rebuilt, jax.ShapeDtypeStruct(pair, dtype))), batch=2)
+    graph = simplify(trace(rebuilt, jax.ShapeDtypeStruct(shape, dtype)))
+    _require_repeatable(structure, arrays, sorted(counters), jax.ShapeDtypeStruct(shape, dtype))
+    if len(graph.outputs) != 1:
+        raise TypeError(
+            f"the model must return one array of logits (b, k), got {len(graph.outputs)} arrays"
+        )
+    if shape[0] == 1:
+        # A single example mixes with nothing, and its axis may come and go: jnp.matmul drops it.
+        values = [graph.inputs[0], *(out for eqn in graph.equations for out in eqn.outputs)]
+        return graph, {v: Rows(0) if v.shape[:1] == (1,) else Rows(-1) for v in values if v.bounded}
+    return graph, check(graph, batch=shape[0])
+
+
+def _counts(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _require_repeatable(
+    structure: Structure, arrays: Sequence[Any], counters: Sequence[int], x: jax.ShapeDtypeStruct
+) -> None:
+    """Raise if the output depends on counters that each call moves on, as active dropout does."""
+    if not counters:
+        return
+
+    def counted(x, *values):
+        moved = list(arrays)
+        for i, value in zip(counters, values, strict=True):
+            moved[i] = value
+        return structure.build(moved)(x)
+
+    states = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in counters]
+    graph = trace(counted, x, *states, bounded=[True] + [False] * len(states))
+    read = {id(atom) for eqn in graph.equations for atom in eqn.inputs}
+    if any(id(state) in read for state in graph.inputs[1:]):
+        raise StatefulModel(
+            "the model's output depends on a counter that every call moves on, so each call is "
+            "another function; active dropout is the usual cause: call model.eval() first, or "
+            "build it with deterministic=True"
+        )
+
+
+# --- The same model in float64 --------------------------------------------------------------------
+#
+# A proof is about real arithmetic, so it should see 0.01 where the code says 0.01, and not the
+# float32 number next to it: the model is traced in float64. That must not make it another function,
+# though. Code that draws random numbers, or computes with integers, in JAX's default types computes
+# something else in float64 mode; a recurrent cell that starts from float32 zeros cannot be traced
+# in it. Where the two traces differ in more than the rounding of known numbers, the caller's own
+# counts. The rules compute in float64 either way.
+
+
+def trace_float64(
+    structure: Structure, arrays: Sequence[Any], shape: tuple[int, ...], dtype: Any, mode: bool
+) -> Traced:
+    """The checked graph of a model for a proof. Only inside `enable_x64`.
+
+    Args:
+      structure, arrays: the model.
+      shape: of the inputs, (b, *input).
+      dtype: float type of the inputs as the caller has them.
+      mode: whether the caller is in JAX's x64 mode.
+    """
+    if any(array.dtype == jnp.float64 for array in arrays) or dtype == jnp.float64:
+        mode = True  # float64 arrays, even of a caller whose own operations would truncate them
+    with jax.enable_x64(mode):
+        own = trace_rows(structure.build(arrays), shape, dtype)
+    if own[0].random or _is_float64(arrays, dtype):
+        return own
+    try:
+        wide = trace_rows(structure.build(as_float64(list(arrays))), shape, jnp.float64)
+    except TypeError:
+        return own
+    return wide if _same_function(own[0], wide[0]) else own
+
+
+def _is_float64(arrays: Sequence[Any], dtype: Any) -> bool:
+    floats = [array.dtype for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    return all(kind == jnp.float64 for kind in (*floats, dtype))
+
+
+def _same_function(own: Graph, wide: Graph) -> bool:
+    """Whether two graphs have the same equations, on known numbers equal up to float32 rounding."""
+    pairs = list(zip(_steps(own), _steps(wide), strict=False))
+    return len(pairs) == len(list(_steps(own))) == len(list(_steps(wide))) and all(
+        a.name == b.name
+        and len(a.inputs) == len(b.inputs)
+        and all(_same_number(p, q) for p, q in zip(a.inputs, b.inputs, strict=True))
+        for a, b in pairs
+    )
+
+
+def _steps(graph: Graph) -> Iterator[Any]:
+    return (eqn for eqn in graph.equations if eqn.name != "convert_element_type")
+
+
+def _same_number(p: Any, q: Any) -> bool:
+    if tuple(p.shape) != tuple(q.shape) or isinstance(p, Var) != isinstance(q, Var):
+        return False
+    if isinstance(p, Var) or is_traced(p, q):
+        return True
+    if not jnp.issubdtype(p.dtype, jnp.floating):
+        return bool(np.array_equal(p, q))
+    a, b = np.asarray(p, np.float64), np.asarray(q, np.float64)
+    with np.errstate(invalid="ignore"):
+        return bool(np.all((a == b) | (np.abs(a - b) <= 1e-6 * np.abs(b))))
