@@ -88,8 +88,8 @@ define("hard_swish", valley(-1.5, -0.375))
 # does not matter, if finite.
 #
 # An entry masked by -inf counts as the least finite number: e^b is then as good as zero beside any
-# entry that is not near that number itself, and where all are, nothing is known. Its own lower end
-# is the limit, 0 or -inf.
+# entry that is not near that number itself, and where all are, nothing is known. Its own result is
+# the limit, 0 or -inf.
 
 
 def _log_odds(a: Array, b: Array, top: Array, axis: int) -> Array:
@@ -143,7 +143,9 @@ def normaliser(link: Callable[[Array], Array]) -> Rule:
 
         low, high = end(lower(x), upper(x)), end(upper(x), lower(x))
         limit = link(jnp.full((), -jnp.inf, lower(x).dtype))
-        return unless(unclear, Box(jnp.where(masked, limit, lower(low)), upper(high)))
+        low = jnp.where(masked, limit, lower(low))
+        high = jnp.where(upper(x) == -jnp.inf, limit, upper(high))
+        return unless(unclear, Box(low, high))
 
     return rule
 

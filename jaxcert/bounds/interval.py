@@ -76,9 +76,7 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
             arrays, structure = split(f)
             arrays, region, spec = ieee_float64((arrays, region, spec))
             box = bounding_box(as_float64(region))
-            if isinstance(region, Box):  # its ends are exact, unless they are read as zero
-                box = Box(box.lower - 2 * rounding.TINY, box.upper + 2 * rounding.TINY)
-            else:
+            if not isinstance(region, Box):
                 box = rounding.widen(box, rounding.ARITHMETIC)
             traced = trace_float64(structure, arrays, box.lower.shape, dtype, mode)
             return rounding.narrow(_propagate(*traced, box, as_float64(spec), outward=True), dtype)

@@ -3,7 +3,8 @@
 Model of arithmetic (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 2.2
 and 3.1), in float64 with unit roundoff u = 2^-53: a computed elementwise result fl(z) obeys
 |fl(z) - z| <= k u |fl(z)| + tiny, where k is a documented number of units per function and tiny,
-the smallest normal number, covers results that are flushed to zero; a sum of n products obeys
+the smallest normal number, covers results that are flushed to zero (inputs and weights that are
+themselves subnormal in float64 are read as zero on CPUs, and count as zero); a sum of n products obeys
 |fl(s) - s| <= gamma_n sum |a_i b_i| + 2 n tiny in any order of summation.
 """
 

@@ -473,7 +473,7 @@ def _reduce_precision(eqn, values, outward):
     if not outward:
         return increasing()(eqn, values, outward)
     exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    largest = 2.0 ** min(2 ** (exponent - 1) - 1, 1023)
+    largest = (2 - 2.0**-mantissa) * 2.0 ** (2 ** (exponent - 1) - 1)
     box = _rounded(values[0], 2.0 ** -(mantissa + 1), 2.0 ** max(2 - 2 ** (exponent - 1), -1022))
     return _unless_overflowing(values[0], largest, box)
 

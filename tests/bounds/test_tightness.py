@@ -236,7 +236,7 @@ def test_softmax_with_huge_spreads_and_masks(f):
         assert finite[:5].all()
         assert np.isnan(low[5]).sum() == 0
         size = np.abs(np.where(finite, low, 0)) + 1
-        width = np.where(finite, high - low, 0)
+        width = np.where(finite, high, 0) - np.where(finite, low, 0)
         assert (width <= 1.01 * np.where(finite, exact, 0) + 1e-6 * size).all()
 
 

@@ -103,7 +103,10 @@ def test_known_functions_are_recognised_under_any_name(name, dtype):
     optional = {  # other ways of writing it that are bounded equation by equation
         "softplus": 1, "softmax": 2, "soft_sign": 1, "log_softmax": 1,
     }  # fmt: skip
-    assert all(found[: optional.get(name, len(found))])
+    if name in ("softmax", "log_softmax") and dtype == jnp.bfloat16:
+        assert not any(found)  # sums in float32 that are cast back: the exact function is another
+    else:
+        assert all(found[: optional.get(name, len(found))])
 
 
 @pytest.mark.parametrize("width", [1, 2])

@@ -94,7 +94,7 @@ def test_an_error_says_what_to_do():
 
 
 def test_indices_that_depend_on_the_input_are_refused():
-    with pytest.raises(DataDependent, match=r"gather|dynamic_slice|cast"):
+    with pytest.raises(DataDependent, match=r"integers that depend on the input"):
         ibp(lambda x: jnp.take_along_axis(x, (x > 0).astype(jnp.int32), axis=1))(
             LinfBall(jnp.ones((2, 3)), 0.1)
         )
