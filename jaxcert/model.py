@@ -78,7 +78,7 @@ def _key(leaf: Any, x: Any, is_model: bool) -> Any:
 
 def _fingerprint(f: Model, x: Any) -> Any:
     """What a callable computes on inputs like x: a digest of its program and of its constants."""
-    spec = jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+    spec = _spec(x)
     closed = jax.make_jaxpr(lambda z: f(z))(spec)
     if is_traced(closed.consts):
         return object()  # weights of a surrounding trace: equal to nothing else
@@ -86,6 +86,11 @@ def _fingerprint(f: Model, x: Any) -> Any:
     for constant in closed.consts:
         digest.update(_bytes(constant))
     return digest.digest()
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an input, as JAX's current mode has it."""
+    return jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _bytes(constant: Any) -> bytes:
@@ -135,9 +140,7 @@ def _float64(x: Array) -> Array:
 def output_shape(f: Model, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of f(x) without running it; anything but float (b, k) logits raises."""
     arrays, structure = split(f)  # rebuilt under the trace: a Flax module may touch its state
-    out = jax.eval_shape(
-        lambda a: structure.build(arrays)(a), jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
-    )
+    out = jax.eval_shape(lambda a: structure.build(arrays)(a), _spec(x))
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(
             f"the model must return one array of logits (b, k), got {type(out).__name__}"

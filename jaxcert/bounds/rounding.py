@@ -3,9 +3,9 @@
 Model of arithmetic (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 2.2
 and 3.1), in float64 with unit roundoff u = 2^-53: a computed elementwise result fl(z) obeys
 |fl(z) - z| <= k u |fl(z)| + tiny, where k is a documented number of units per function and tiny,
-the smallest normal number, covers results that are flushed to zero (inputs and weights that are
-themselves subnormal in float64 are read as zero on CPUs, and count as zero); a sum of n products obeys
-|fl(s) - s| <= gamma_n sum |a_i b_i| + 2 n tiny in any order of summation.
+the smallest normal number, covers results that are flushed to zero; a sum of n products obeys
+|fl(s) - s| <= gamma_n sum |a_i b_i| + 2 n tiny in any order of summation. Inputs and weights that
+are themselves subnormal in float64, below 2^-1022, are read as zero on CPUs, and count as zero.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ ARITHMETIC = 4
 UNITS = {
     "sqrt": 4, "rsqrt": 8, "cbrt": 32, "exp": 8, "exp2": 4096, "expm1": 16, "log": 8, "log1p": 4096,
     "tanh": 32, "logistic": 16, "erf": 16, "erfc": 4096, "erf_inv": 2**23, "sin": 8, "cos": 8,
-    "sinh": 4096, "cosh": 4096, "asinh": 16, "atan": 8, "pow": 16,
+    "sinh": 4096, "cosh": 4096, "asinh": 16, "atan": 16, "pow": 16,
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from jaxcert.tracing import trace_rows
 
 Array: TypeAlias = jax.Array
 
+SMALL = 16
+
 
 def noisy_copies(key: Array, x: Array, numbers: Array, noise: Noise) -> Array:
     """x (*input) plus noise number s, for every s of `numbers` (c,), as (c, *input).
@@ -34,7 +36,10 @@ def noisy_copies(key: Array, x: Array, numbers: Array, noise: Noise) -> Array:
     def draw(number: Array) -> Array:
         return noise.sample(jax.random.fold_in(key, number), x.shape, x.dtype)
 
-    return (x + no_contraction(jax.vmap(draw)(numbers))).astype(x.dtype)
+    # A few numbers per draw would be computed together with those of other draws, by other
+    # instructions for other chunks; one draw at a time they are not.
+    draws = jax.lax.map(draw, numbers) if x.size < SMALL else jax.vmap(draw)(numbers)
+    return (x + no_contraction(draws)).astype(x.dtype)
 
 
 def count_votes(
