@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from jaxcert.bounds import functions, rounding, rules  # noqa: F401  (they fill the table of rules)
+from jaxcert.bounds import functions, products, rounding, rules  # noqa: F401  (they fill RULES)
 from jaxcert.bounds.interpreter import define, lower, output, upper
 from jaxcert.bounds.last_layer import with_spec
 from jaxcert.floats import ieee_float64

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxcert.bounds import rounding
 from jaxcert.bounds.interpreter import Value, interpret, lower, operand, output
-from jaxcert.bounds.rules import affine, exact_products
+from jaxcert.bounds.products import affine, exact_products
 from jaxcert.graph import Atom, Equation, Graph, Var, read, trace
 from jaxcert.rows import Rows
 from jaxcert.sets import Array, Box

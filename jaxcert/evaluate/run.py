@@ -41,18 +41,16 @@ def run(
 
     Every call of the certifier sees `min(batch, m)` images, the last one padded with copies of its
     last image, so that one executable serves all. With a `path` each image's record is on disk
-    before the next batch begins, and images already recorded there are not certified again.
+    before the next batch begins; images already recorded there are not certified again.
 
     Args:
-      certifier: `(x, index) -> Certificate`, of (b, *input) and int (b,); made with
-        `functools.partial`; one that needs no index is wrapped, e.g.
+      certifier: `(x, index) -> Certificate`, of (b, *input) and int (b,), e.g.
         `lambda x, index: lipschitz.certify(f, x)`.
       x: images (m, *input), a numpy or JAX array; batches are passed on as they come.
       labels: int (m,), the true classes.
-      index: int (m,), distinct: which image of the data set each is, from which smoothing draws
-        its noise; default arange(m).
+      index: int (m,), distinct: the place of each image in its data set; default arange(m).
       batch: images per call.
-      path: the log, see `evaluate.records`; `evaluate.load` reads it back.
+      path: the log (`evaluate.records`), which `evaluate.load` reads back.
       config: required with `path`: all that makes the certificates what they are (net, method,
         sigma, n, alpha, seed). Resuming with another one raises.
       progress: a bar on stderr; default: only if that is a terminal.
