@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcert.model import is_traced as is_traced
+from jaxcert.model import is_traced
 
 Array: TypeAlias = jax.Array
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.certificate import ABSTAIN, Certificate, issue
-from jaxcert.model import Model, Structure, split
-from jaxcert.sets import is_traced
+from jaxcert.model import Model, Structure, is_traced, split
 from jaxcert.smoothing.confidence import clopper_pearson_lower, leader_is_certain
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.sampling import count_votes, rows_apart
