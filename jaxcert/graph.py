@@ -131,6 +131,19 @@ def read(env: dict[Var, Any], atom: Atom) -> Any:
     return env[atom] if isinstance(atom, Var) else atom
 
 
+def same_params(a: dict[str, Any], b: dict[str, Any], *, but_types: bool = False) -> bool:
+    """Whether two equations have the same parameters, result types written out in them or not."""
+
+    def same(p: Any, q: Any) -> bool:
+        equal = p == q
+        return (
+            equal if isinstance(equal, bool) else bool(np.shape(p) == np.shape(q) and np.all(equal))
+        )
+
+    keys = (key for key in a if not (but_types and key.endswith(("dtype", "element_type"))))
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
+
+
 def holds_all(wide: Any, narrow: Any) -> bool:
     """Whether a float type represents every normal number of another one."""
     a, b = jnp.finfo(wide), jnp.finfo(narrow)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcert.graph import Atom, Equation, Graph, Var, holds_all, prune, trace
+from jaxcert.graph import Atom, Equation, Graph, Var, holds_all, prune, same_params, trace
 from jaxcert.model import is_traced
 
 
@@ -180,19 +180,13 @@ def _match(reference: Graph, out: Var, producers: dict[Var, Equation]) -> tuple[
             a.name == b.name
             and len(a.inputs) == len(b.inputs)
             and a.outputs.index(wanted) == b.outputs.index(given)
-            and _same_params(a.params, b.params)
+            and same_params(a.params, b.params)
             and all(same(p, q) for p, q in zip(a.inputs, b.inputs, strict=True))
         )
 
     if not same(reference.outputs[0], out):
         return None
     return tuple(found[v] for v in reference.inputs)
-
-
-def _same_params(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(
-        np.shape(a[key]) == np.shape(b[key]) and bool(np.all(a[key] == b[key])) for key in a
-    )
 
 
 def _equal(a: Any, b: Any) -> bool:

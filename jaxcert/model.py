@@ -10,7 +10,9 @@ weights: an object whose weights were replaced, or a new lambda around a new net
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -28,6 +30,7 @@ class Structure:
 
     treedef: Any
     constants: tuple["_Constant | None", ...]  # one per leaf, None for arrays
+    program: Any = None  # what the model computes, if it hides state that the rest does not show
 
     def build(self, arrays: Sequence[Any]) -> Model:
         """The model again, with these arrays in the places of its own."""
@@ -63,29 +66,77 @@ def split(f: Model, x: Any = None) -> tuple[list[Any], Structure]:
         raise TypeError(f"the model must be callable on a batch, got {type(f).__name__}")
     leaves, treedef = jax.tree.flatten(f)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    opaque = jax.tree_util.treedef_is_leaf(treedef)
-    constants = tuple(
-        None if _is_array(leaf) else _Constant(leaf, _key(leaf, x, opaque)) for leaf in leaves
-    )
-    return arrays, Structure(treedef, constants)
+    constants = tuple(None if _is_array(leaf) else _Constant(leaf, _key(leaf)) for leaf in leaves)
+    structure = Structure(treedef, constants)
+    hidden = [f.func] if isinstance(f, jax.tree_util.Partial) else []
+    hidden += [c.value for c in constants if c is not None]
+    opaque = jax.tree_util.treedef_is_leaf(treedef) or any(_hides_state(v) for v in hidden)
+    if x is not None and opaque:
+        structure = dataclasses.replace(structure, program=_fingerprint(structure, arrays, x))
+    return arrays, structure
 
 
-def _key(leaf: Any, x: Any, is_model: bool) -> Any:
+_STATELESS = (
+    bool, int, float, complex, str, bytes, type(None), type, np.dtype,
+    types.ModuleType, types.BuiltinFunctionType,
+)  # fmt: skip
+
+
+def _key(leaf: Any) -> Any:
     if isinstance(leaf, bool | int | float | complex | str | bytes | None):
         return type(leaf), repr(leaf)
-    return (id(leaf), _fingerprint(leaf, x)) if is_model and x is not None else id(leaf)
+    return id(leaf)
 
 
-def _fingerprint(f: Model, x: Any) -> Any:
-    """What a callable computes on inputs like x: a digest of its program and of its constants."""
-    spec = _spec(x)
-    closed = jax.make_jaxpr(lambda z: f(z))(spec)
-    if is_traced(closed.consts):
+def _hides_state(value: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """Whether arrays may lie behind a value, where its identity does not tell when they change."""
+    if id(value) in seen or isinstance(value, _STATELESS):
+        return False
+    seen |= {id(value)}
+    if isinstance(value, functools.partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = list(value)
+    elif isinstance(value, dict):
+        inside = list(value.values())
+    elif inspect.ismethod(value):
+        inside = [value.__self__]
+    elif hasattr(value, "__wrapped__"):  # jit and the like
+        inside = [value.__wrapped__]
+    elif inspect.isfunction(value):
+        if value.__module__.split(".")[0] in ("jax", "flax", "optax"):
+            return False
+        inside = [*inspect.getclosurevars(value).globals.values(), *(value.__defaults__ or ())]
+        inside += inspect.getclosurevars(value).nonlocals.values()
+    else:  # an unbound Linen module holds no arrays
+        linen = any(kind.__module__.startswith("flax.linen") for kind in type(value).__mro__)
+        return not (linen and getattr(value, "scope", None) is None)
+    return any(_hides_state(each, seen) for each in inside)
+
+
+def _fingerprint(structure: Structure, arrays: list[Any], x: Any) -> Any:
+    """What a model computes on inputs like x: a digest of its program and of its constants."""
+    specs = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
+    closed = jax.make_jaxpr(lambda arrays, z: structure.build(arrays)(z))(specs, _spec(x))
+    constants = list(_constants_of(closed))
+    if is_traced(constants):
         return object()  # weights of a surrounding trace: equal to nothing else
     digest = hashlib.sha256(str(closed).encode())
-    for constant in closed.consts:
-        digest.update(_bytes(constant))
+    with jax.ensure_compile_time_eval():
+        for constant in constants:
+            digest.update(_bytes(constant))
     return digest.digest()
+
+
+def _constants_of(program: Any) -> Iterator[Any]:
+    """The constants of a program and of all programs inside of it."""
+    yield from getattr(program, "consts", ())
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        yield from (v.val for v in eqn.invars if hasattr(v, "val"))
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from _constants_of(inner)
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
@@ -94,7 +145,8 @@ def _spec(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _bytes(constant: Any) -> bytes:
-    if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+    dtype = getattr(constant, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         constant = jax.random.key_data(constant)
     return np.asarray(constant).tobytes()
 

@@ -1,6 +1,6 @@
 """Models as checked graphs: the one way from a user's function to equations that can be bounded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.errors import StatefulModel
-from jaxcert.graph import Graph, Var, trace
+from jaxcert.graph import Equation, Graph, Var, same_params, trace
 from jaxcert.idioms import simplify
 from jaxcert.model import Model, Structure, as_float64, is_traced, split
 from jaxcert.rows import Rows, check
@@ -51,7 +51,9 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dic
 
 
 def _counts(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.integer)
+    """Whether an array can drive random numbers: integers and keys."""
+    kinds = (jnp.integer, jax.dtypes.prng_key)
+    return any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
 
 
 def _require_repeatable(
@@ -99,11 +101,13 @@ def trace_float64(
       dtype: float type of the inputs as the caller has them.
       mode: whether the caller is in JAX's x64 mode.
     """
-    if any(array.dtype == jnp.float64 for array in arrays) or dtype == jnp.float64:
-        mode = True  # float64 arrays, even of a caller whose own operations would truncate them
+    truncated = list(arrays) if mode else [_truncated(array) for array in arrays]
+    own_dtype = dtype if mode or dtype != jnp.float64 else jnp.float32
     with jax.enable_x64(mode):
-        own = trace_rows(structure.build(arrays), shape, dtype)
-    if own[0].random or _is_float64(arrays, dtype):
+        own = trace_rows(structure.build(truncated), shape, own_dtype)
+    # What is computed with integers under a surrounding trace cannot be compared below.
+    integers = any(jnp.issubdtype(array.dtype, jnp.signedinteger) for array in arrays)
+    if integers or own[0].random or _is_float64(truncated, own_dtype):
         return own
     try:
         wide = trace_rows(structure.build(as_float64(list(arrays))), shape, jnp.float64)
@@ -117,27 +121,67 @@ def _is_float64(arrays: Sequence[Any], dtype: Any) -> bool:
     return all(kind == jnp.float64 for kind in (*floats, dtype))
 
 
+def _truncated(array: Any) -> Any:
+    """A float64 array as the operations of a caller in float32 mode read it."""
+    return jnp.asarray(array).astype(jnp.float32) if array.dtype == jnp.float64 else array
+
+
 def _same_function(own: Graph, wide: Graph) -> bool:
-    """Whether two graphs have the same equations, on known numbers equal up to float32 rounding."""
-    pairs = list(zip(_steps(own), _steps(wide), strict=False))
-    return len(pairs) == len(list(_steps(own))) == len(list(_steps(wide))) and all(
-        a.name == b.name
-        and len(a.inputs) == len(b.inputs)
-        and all(_same_number(p, q) for p, q in zip(a.inputs, b.inputs, strict=True))
-        for a, b in pairs
-    )
+    """Whether two graphs are the same but for float types and the rounding of known numbers."""
+    first, second = _Steps(own), _Steps(wide)
+    pairs = zip(first.equations, second.equations, strict=False)
+    twins: dict[Any, Any] = dict(zip(own.inputs, wide.inputs, strict=True))
+
+    def same(p: Any, q: Any) -> bool:
+        p, q = first.source(p), second.source(q)
+        if isinstance(p, Var) or isinstance(q, Var):
+            return twins.get(p) is q
+        return _same_number(p, q)
+
+    for a, b in pairs:
+        if not (
+            a.name == b.name
+            and len(a.inputs) == len(b.inputs)
+            and same_params(a.params, b.params, but_types=True)
+            and all(same(p, q) for p, q in zip(a.inputs, b.inputs, strict=True))
+            and all(_alike(p, q) for p, q in zip(a.outputs, b.outputs, strict=True))
+        ):
+            return False
+        twins.update(zip(a.outputs, b.outputs, strict=True))
+    return len(first.equations) == len(second.equations) and same(own.outputs[0], wide.outputs[0])
 
 
-def _steps(graph: Graph) -> Iterator[Any]:
-    return (eqn for eqn in graph.equations if eqn.name != "convert_element_type")
+class _Steps:
+    """The equations of a graph without its casts between float types."""
+
+    def __init__(self, graph: Graph):
+        casts = [e for e in graph.equations if e.name == "convert_element_type" and _floats(e)]
+        self._casts = {e.outputs[0]: e.inputs[0] for e in casts}
+        self.equations = [e for e in graph.equations if e not in casts]
+
+    def source(self, atom: Any) -> Any:
+        """The atom behind any casts."""
+        while isinstance(atom, Var) and atom in self._casts:
+            atom = self._casts[atom]
+        return atom
+
+
+def _floats(eqn: Equation) -> bool:
+    return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (*eqn.inputs, *eqn.outputs))
+
+
+def _alike(p: Var, q: Var) -> bool:
+    both_float = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (p, q))
+    return tuple(p.shape) == tuple(q.shape) and (both_float or p.dtype == q.dtype)
 
 
 def _same_number(p: Any, q: Any) -> bool:
-    if tuple(p.shape) != tuple(q.shape) or isinstance(p, Var) != isinstance(q, Var):
+    floats = all(jnp.issubdtype(v.dtype, jnp.floating) for v in (p, q))
+    if tuple(p.shape) != tuple(q.shape) or (p.dtype != q.dtype and not floats):
         return False
-    if isinstance(p, Var) or is_traced(p, q):
-        return True
-    if not jnp.issubdtype(p.dtype, jnp.floating):
+    if is_traced(p, q):  # weights, or made of them without arithmetic; integers might have wrapped
+        return floats or p is q
+    if not floats:
         return bool(np.array_equal(p, q))
     a, b = np.asarray(p, np.float64), np.asarray(q, np.float64)
     with np.errstate(invalid="ignore"):

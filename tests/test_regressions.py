@@ -1,5 +1,7 @@
 """Each of these once gave a wrong certificate, a wrong bound or a crash."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,3 +221,94 @@ def test_a_rule_registered_later_is_used():
     unknown = lambda eqn, values, outward: Box(*[v.lower * jnp.nan for v in values] * 2)  # noqa: E731
     bounds.register("tanh", unknown)
     assert bounds.certify(f, ball).radius == 0
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: functools.partial(net.scores, train=False),
+        lambda net: net.nested,
+        lambda net: jax.tree_util.Partial(lambda net, x: x @ net.weights, net),
+    ],
+)
+def test_replaced_weights_are_seen_behind_wrappers(wrap):
+    class Net:
+        def __init__(self):
+            self.weights = jnp.eye(2)
+
+        def scores(self, x, train):
+            return x @ self.weights
+
+        def nested(self, x):
+            weights = self.weights
+            return jax.jit(lambda z: z @ weights)(x)
+
+    x, net = jnp.array([[1.0, 0.0]]), Net()
+    f = wrap(net)
+    assert bounds.certify(f, LinfBall(x, 0.1)).prediction == 0
+    assert lipschitz.certify(f, x).prediction == 0
+    net.weights = jnp.eye(2)[::-1]
+    assert bounds.certify(f, LinfBall(x, 0.1)).prediction == 1
+    assert lipschitz.certify(f, x).prediction == 1
+
+
+def test_float64_weights_do_not_change_what_is_drawn():
+    def f(weights, x):
+        return x @ weights + jax.random.normal(jax.random.key(21), (3,))
+
+    net, x = jax.tree_util.Partial(f, np.eye(3)), jnp.zeros((1, 3))
+    top = np.sort(np.asarray(net(x))[0])
+    assert bounds.certify(net, LinfBall(x, float(top[-1] - top[-2]) / 2 + 1e-3)).radius == 0
+    assert lipschitz.certify(net, x).radius <= (top[-1] - top[-2]) / np.sqrt(2) + 1e-6
+
+
+def test_traced_integers_wrap_as_the_callers_do():
+    def f(params, x):
+        hashed = (params["seed"] * jnp.arange(1, 4) * jnp.arange(7, 10)) % 97
+        return x @ params["weights"] + hashed.astype(x.dtype) / 97
+
+    seed = jnp.array(2**29 + 1234567 * 5, jnp.int32)
+    net = jax.tree_util.Partial(f, {"seed": seed, "weights": jnp.eye(3)})
+    x = jnp.zeros((1, 3))
+    top = np.sort(np.asarray(net(x))[0])
+    assert bounds.certify(net, LinfBall(x, float(top[-1] - top[-2]) / 2 + 1e-3)).radius == 0
+
+
+def test_a_function_of_the_float_type_is_the_callers():
+    def f(x):
+        start = 0 if x.dtype == jnp.float64 else 1
+        return jax.lax.slice_in_dim(x, start, start + 2, axis=1)
+
+    x = jnp.array([[1.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(bounds.ibp(f, outward=True)(Box(x, x)).lower, [[2.0, 3.0]])
+
+
+def test_subnormal_constants_of_the_last_layer_count():
+    f = lambda x: x * jnp.full((1, 2), np.float32(1e-39)) + jnp.array([[0.0, 0.005]])  # noqa: E731
+    ball = LinfBall(jnp.array([[1e38, 9e37]]), 1e36)
+    box = bounds.ibp(f, outward=True)(ball, Spec(jnp.eye(2)))
+    assert np.all(np.asarray(box.lower) <= [[0.1, 0.095]])
+    assert np.all(np.asarray(box.upper) >= [[0.1, 0.095]])
+
+
+def test_a_module_that_moves_its_own_key_is_refused():
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.key = nnx.Variable(jax.random.key(0))
+
+        def __call__(self, x):
+            kept, drawn = jax.random.split(self.key[...])
+            self.key[...] = kept
+            return x + jax.random.normal(drawn, (3,))
+
+    x = jnp.zeros((1, 3))
+    with pytest.raises(StatefulModel):
+        bounds.ibp(Noisy())(LinfBall(x, 0.1))
+    with pytest.raises(StatefulModel):
+        smoothing.certify(KEY, Noisy(), x, PLAN)
+
+
+def test_a_closure_over_a_key_goes_through_jit():
+    key, x = jax.random.key(3), jnp.zeros((1, 3))
+    f = lambda y: y + jax.random.normal(key, (3,))  # noqa: E731
+    assert jax.jit(lambda z: bounds.certify(f, LinfBall(z, 0.01)).radius)(x).shape == (1,)

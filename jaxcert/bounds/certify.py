@@ -55,13 +55,14 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
     """
     region = checked(region)
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
-    if output_shape(f, centre).shape[1] < 2:
+    k = output_shape(f, centre).shape[1]
+    if k < 2:
         raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
     arrays, structure = split(f, centre)
     prediction = _predict(structure, arrays, centre)
     # Called inside of the block: float64 inputs reach the proof whole, and transformations that
     # replay the compiled program (vmap of jit) do so in float64.
-    setting = _Setting(structure, method, uses_float64(), tuple(RULES.items()))
+    setting = _Setting(structure, method, k, uses_float64(), tuple(RULES.items()))
     with jax.enable_x64(True):
         robust = _proved(setting, *ieee_float64((arrays, region, prediction)))
     if isinstance(region, Box):
@@ -81,6 +82,7 @@ class _Setting:
 
     structure: Structure
     method: Method
+    k: int
     mode: bool  # whether the caller is in JAX's x64 mode
     rules: tuple[Any, ...]  # a rule registered later compiles anew
 
@@ -90,8 +92,7 @@ def _proved(setting: _Setting, arrays: list[Any], region: InputSet, prediction: 
     f = setting.structure.build(arrays)
     with jax.enable_x64(setting.mode):  # the transform takes the caller's mode from here
         bound = setting.method(f, outward=True)
-        k = output_shape(f, region.lower if isinstance(region, Box) else region.x).shape[1]
-    return proved(margins(prediction, k), functools.partial(bound, region))
+    return proved(margins(prediction, setting.k), functools.partial(bound, region))
 
 
 def _verdict(prediction: Array, robust: Array) -> Verdict:

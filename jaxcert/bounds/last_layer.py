@@ -16,6 +16,7 @@ from jaxcert.bounds import rounding
 from jaxcert.bounds.interpreter import Value, interpret, lower, operand, output
 from jaxcert.bounds.products import affine, exact_products
 from jaxcert.graph import Atom, Equation, Graph, Var, read, trace
+from jaxcert.model import as_float64
 from jaxcert.rows import Rows
 from jaxcert.sets import Array, Box
 from jaxcert.specs import Spec
@@ -140,4 +141,4 @@ def _pull_back(tail: Graph, rows: Array, outward: bool) -> Value:
 def _known(env: dict[Var, Any], atom: Atom, dtype: Any) -> Any:
     if isinstance(atom, Var):
         return env[atom] if atom in env else jnp.zeros(atom.shape, dtype)
-    return jnp.asarray(atom, dtype)
+    return as_float64(jnp.asarray(atom)).astype(dtype) if dtype == jnp.float64 else atom
