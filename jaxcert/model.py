@@ -104,10 +104,10 @@ def _hides_state(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     elif hasattr(value, "__wrapped__"):  # jit and the like
         inside = [value.__wrapped__]
     elif inspect.isfunction(value):
-        if value.__module__.split(".")[0] in ("jax", "flax", "optax"):
+        if (value.__module__ or "").split(".")[0] in ("jax", "flax", "optax"):
             return False
-        inside = [*inspect.getclosurevars(value).globals.values(), *(value.__defaults__ or ())]
-        inside += inspect.getclosurevars(value).nonlocals.values()
+        names = inspect.getclosurevars(value)
+        inside = [*names.globals.values(), *names.nonlocals.values(), *(value.__defaults__ or ())]
     else:  # an unbound Linen module holds no arrays
         linen = any(kind.__module__.startswith("flax.linen") for kind in type(value).__mro__)
         return not (linen and getattr(value, "scope", None) is None)

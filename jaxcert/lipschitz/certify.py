@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.bounds.interpreter import Value, interpret, lower, operand, upper
+from jaxcert.bounds.rounding import UNIT
 from jaxcert.certificate import Certificate, issue, predicted_class
 from jaxcert.floats import ieee_float64, rounded_up
 from jaxcert.graph import Atom, Graph, Var
 from jaxcert.lipschitz.chain import centre, speeds
-from jaxcert.lipschitz.constants import UNIT
 from jaxcert.model import Model, Structure, is_traced, output_shape, split, uses_float64
 from jaxcert.sets import Box, L2Ball, checked
 from jaxcert.tracing import trace_float64

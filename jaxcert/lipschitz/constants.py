@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcert.bounds.rounding import UNIT
 from jaxcert.errors import UnsupportedEquation
 from jaxcert.floats import ieee_float64, rounded_up
 from jaxcert.model import is_traced
 
 Array: TypeAlias = jax.Array
 
-UNIT = 2.0**-53  # unit roundoff of float64
 MEMORY = 2**27  # bytes that one chunk of frequencies may take
 
 
