@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds.interpreter import RULES
-from jaxcert.bounds.interval import Method, ibp
+from jaxcert.bounds.interval import ibp
+from jaxcert.bounds.linear import crown
+from jaxcert.bounds.transform import Method
 from jaxcert.certificate import Certificate, Reason, Status, Verdict, issue, predicted_class
 from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, Structure, output_shape, split, uses_float64
-from jaxcert.sets import Array, Ball, Box, InputSet, checked
+from jaxcert.sets import Array, Ball, Box, InputSet, L1Ball, L2Ball, LinfBall, checked
 from jaxcert.specs import margins, proved
 
 
@@ -55,9 +57,7 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
     """
     region = checked(region)
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
-    k = output_shape(f, centre).shape[1]
-    if k < 2:
-        raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
+    k = _classes(f, centre)
     arrays, structure = split(f, centre)
     prediction = _predict(structure, arrays, centre)
     # Called inside of the block: float64 inputs reach the proof whole, and transformations that
@@ -69,6 +69,84 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
         return _verdict(prediction, robust)
     radius = jnp.where(robust, jnp.broadcast_to(region.eps, robust.shape), 0.0)
     return issue(prediction, radius, norm=region.norm, within=region.valid)
+
+
+_BALLS = {float("inf"): LinfBall, 2.0: L2Ball, 1.0: L1Ball}
+
+
+def certified_radius(
+    f: Model,
+    x: Array,
+    norm: float,
+    *,
+    largest: Any = 1.0,
+    valid: Box | None = None,
+    method: Method = crown,
+    steps: int = 12,
+) -> Certificate:
+    """Prove that f predicts one class on as large a ball around each x as `method` can.
+
+    Bisection between 0 and `largest`, all examples at once and on the device. What comes back is
+    the largest radius that was itself certified, rounding counted, so nothing is assumed about how
+    the bounds depend on the radius. It is within `largest` / 2^steps of the first failure.
+
+    Args:
+      f: the model, as for `certify`.
+      x: inputs (b, *input).
+      norm: of the balls, as numpy's `ord`: inf, 2 or 1.
+      largest: the largest radius to try, a scalar or one per example (b,).
+      valid: a `Box` that every input lies in anyway.
+      method: a bound transform with an `outward` option.
+      steps: halvings of the interval.
+
+    Returns:
+      A `Certificate`; radius 0 where nothing was proved.
+
+    Raises:
+      As `certify`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights = jnp.array([[1.0, -1.0], [0.0, 1.0]])
+      >>> x = jnp.array([[1.0, 0.0], [0.5, 0.25]])
+      >>> print(certified_radius(lambda x: x @ weights, x, jnp.inf).radius)
+      [0.6665039  0.24975586]
+    """
+    if norm not in _BALLS:
+        raise ValueError(f"norm must be one of inf, 2 and 1, got {norm}")
+    region = checked(_BALLS[norm](x, largest, valid))
+    k = _classes(f, region.x)
+    arrays, structure = split(f, region.x)
+    prediction = _predict(structure, arrays, region.x)
+    setting = _Setting(structure, method, k, uses_float64(), tuple(RULES.items()))
+    with jax.enable_x64(True):
+        radius = _bisect(setting, steps, *ieee_float64((arrays, region, prediction)))
+    return issue(prediction, radius, norm=region.norm, within=region.valid)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bisect(
+    setting: "_Setting", steps: int, arrays: list[Any], ball: Ball, prediction: Array
+) -> Array:
+    """The largest eps for which the ball was proved."""
+    largest = jnp.broadcast_to(jnp.asarray(ball.eps, jnp.float64), prediction.shape)
+
+    def try_next(_, state):
+        proved_at, failed_at, eps = state
+        robust = _proved(setting, arrays, dataclasses.replace(ball, eps=eps), prediction)
+        proved_at = jnp.where(robust, eps, proved_at)
+        failed_at = jnp.where(robust, failed_at, eps)
+        return proved_at, failed_at, proved_at / 2 + failed_at / 2
+
+    start = jnp.zeros_like(largest), largest, largest
+    return jax.lax.fori_loop(0, steps + 1, try_next, start)[0]
+
+
+def _classes(f: Model, x: Array) -> int:
+    k = output_shape(f, x).shape[1]
+    if k < 2:
+        raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
+    return k
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -38,7 +38,7 @@ def interpret(graph: Graph, inputs: Sequence[Value], outward: bool) -> dict[Var,
     env: dict[Var, Value] = dict(zip(graph.inputs, inputs, strict=True))
     for eqn in graph.equations:
         values = [operand(env, atom, outward) for atom in eqn.inputs]
-        env.update(zip(eqn.outputs, _apply(eqn, values, outward), strict=True))
+        env.update(zip(eqn.outputs, apply_rule(eqn, values, outward), strict=True))
     return env
 
 
@@ -63,7 +63,8 @@ def _both_or_neither(box: Box) -> Box:
     return Box(*[jnp.where(unknown, jnp.nan, end) for end in (box.lower, box.upper)])
 
 
-def _apply(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequence[Value]:
+def apply_rule(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequence[Value]:
+    """The outputs of an equation, boxes unless everything is exact."""
     # Weights among themselves are simply computed, except in a proof: there 1 / sqrt(variance) of
     # a batch normalisation is rounded, hence an interval.
     if not outward and not any(isinstance(v, Box) for v in values):

@@ -7,31 +7,18 @@ looseness comes only from treating the operands of an equation as independent.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-import jax
-
-from jaxcert.bounds import functions, products, rounding, rules  # noqa: F401  (they fill RULES)
+from jaxcert.bounds import functions, products, rules  # noqa: F401  (they fill RULES)
+from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.interpreter import define, lower, output, upper
 from jaxcert.bounds.last_layer import with_spec
-from jaxcert.floats import ieee_float64
+from jaxcert.bounds.transform import Bound, transform
 from jaxcert.graph import Graph, Var
-from jaxcert.model import Model, as_float64, split, uses_float64
+from jaxcert.model import Model
 from jaxcert.rows import FOLLOW, Follow, Rows, same_axes
-from jaxcert.sets import Box, InputSet, bounding_box, checked
+from jaxcert.sets import Box, InputSet
 from jaxcert.specs import Spec
-from jaxcert.tracing import trace_float64, trace_rows
-
-
-class Bound(Protocol):
-    """What a transform returns: a function from a set, and maybe a spec, to bounds."""
-
-    def __call__(self, region: InputSet, spec: Spec | None = None) -> Box:
-        """Bounds on C f(x) + d, or on f(x) without a spec, for x in the region."""
-        ...
-
-
-Method: TypeAlias = Callable[..., Bound]
 
 
 def ibp(f: Model, *, outward: bool = False) -> Bound:
@@ -62,26 +49,7 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
       [[0.75 0.  ]] [[2.25 2.5 ]]
     """
 
-    mode = uses_float64()
-
-    def bound(region: InputSet, spec: Spec | None = None) -> Box:
-        region = checked(region)
-        if not outward:
-            box = bounding_box(region)
-            traced = trace_rows(f, box.lower.shape, box.lower.dtype)
-            return _propagate(*traced, box, spec, outward=False)
-        like = region.lower if isinstance(region, Box) else region.x
-        dtype = jax.dtypes.canonicalize_dtype(like.dtype)
-        with jax.enable_x64(True):
-            arrays, structure = split(f)
-            arrays, region, spec = ieee_float64((arrays, region, spec))
-            box = bounding_box(as_float64(region))
-            if not isinstance(region, Box):
-                box = rounding.widen(box, rounding.ARITHMETIC)
-            traced = trace_float64(structure, arrays, box.lower.shape, dtype, mode)
-            return rounding.narrow(_propagate(*traced, box, as_float64(spec), outward=True), dtype)
-
-    return bound
+    return transform(f, outward, _propagate)
 
 
 def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axes) -> None:
@@ -114,8 +82,9 @@ def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axe
 
 
 def _propagate(
-    graph: Graph, rows: dict[Var, Rows], box: Box, spec: Spec | None, outward: bool
+    graph: Graph, rows: dict[Var, Rows], region: InputSet, spec: Spec | None, outward: bool
 ) -> Box:
+    box = box_of(region, outward)
     if spec is not None:
         return with_spec(graph, rows, box, spec, outward)
     result = output(graph, [box], outward)

@@ -37,7 +37,7 @@ def with_spec(graph: Graph, rows: dict[Var, Rows], box: Box, spec: Spec, outward
     if jnp.ndim(lower(bias)) != 2:
         raise ValueError(f"a spec needs a model with outputs (b, k), got {jnp.shape(lower(bias))}")
     b, k = jnp.shape(lower(bias))
-    matrix = _spec_matrix(spec, b, k, lower(bias).dtype)
+    matrix = spec_matrix(spec, b, k, lower(bias).dtype)
     pulled = _pull_back(tail, jnp.moveaxis(matrix, 1, 0), outward)
     pulled = _map(pulled, lambda a: jnp.moveaxis(a, 1, 0).reshape(b, matrix.shape[1], -1))
     flat = _map(hidden, lambda a: a.reshape(b, -1))
@@ -65,7 +65,8 @@ def _map(value: Value, f: Callable[[Array], Array]) -> Value:
     return Box(f(value.lower), f(value.upper)) if isinstance(value, Box) else f(value)
 
 
-def _spec_matrix(spec: Spec, b: int, k: int, dtype: Any) -> Array:
+def spec_matrix(spec: Spec, b: int, k: int, dtype: Any) -> Array:
+    """The matrix of a spec for each example, (b, s, k)."""
     matrix = jnp.asarray(spec.matrix, dtype)
     if matrix.ndim > 1 and matrix.shape[-2] == 0:
         raise ValueError("the spec has no rows, so there is nothing to prove")

@@ -1,0 +1,246 @@
+"""Backward linear bounds: rows of coefficients pulled back through a graph to its input.
+
+For rows C on a variable v, the pass keeps C v >= sum_w A_w w + beta for all inputs of the region,
+where w runs over a frontier that moves from v to the input. Pulling A through the planes of an
+equation uses the lower plane where A > 0 and the upper one where A < 0 (Zhang et al., "Efficient
+neural network robustness certification with general activation functions", NeurIPS 2018).
+
+Rows and their negatives give lower and upper bounds. As long as nothing but affine equations was
+met, the rows are the same for both signs and for all examples of the batch, so they are kept once:
+`mirrored` (both signs) and `thin` (a batch axis of size 1).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.bounds.convolution import has_fast_transpose, transposed
+from jaxcert.bounds.planes import Planes
+from jaxcert.graph import Equation, Graph, Var
+from jaxcert.rows import Rows
+from jaxcert.sets import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A graph with the place of its examples.
+
+    Attributes:
+      graph: the equations.
+      rows: where each bounded value has its examples.
+      batch: how many there are.
+      makers: the equation of each variable, in order of evaluation.
+    """
+
+    graph: Graph
+    rows: Mapping[Var, Rows]
+    batch: int
+    makers: Mapping[Var, Equation]
+
+    @property
+    def input(self) -> Var:
+        """The bounded input."""
+        return self.graph.inputs[0]
+
+    def outer_and_inner(self, v: Var) -> tuple[int, int]:
+        """v's shape in row-major order as (outer, batch, inner)."""
+        place, size = self.rows[v], math.prod(v.shape)
+        if self.batch == 1:
+            return size, 1
+        outer = math.prod(v.shape[: place.axis]) * place.outer
+        return outer, size // max(1, outer * self.batch)
+
+    def thin_shape(self, v: Var) -> tuple[int, ...] | None:
+        """v's shape for one example, if examples lie along an axis of their own."""
+        place = self.rows[v]
+        if self.batch == 1:
+            return v.shape
+        if place.outer != 1 or v.shape[place.axis] != self.batch:
+            return None
+        return (*v.shape[: place.axis], 1, *v.shape[place.axis + 1 :])
+
+    def per_example(self, products: Array, v: Var) -> Array:
+        """The sum (r, b) of (r, *v) over everything but the examples."""
+        if self.batch == 1:
+            return jnp.sum(products, tuple(range(1, products.ndim)))[:, None]
+        if self.thin_shape(v) is not None:  # faster than after a reshape
+            axis = self.rows[v].axis + 1
+            return jnp.sum(products, tuple(i for i in range(1, products.ndim) if i != axis))
+        outer, inner = self.outer_and_inner(v)
+        return jnp.sum(products.reshape(-1, outer, self.batch, inner), (1, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Coefficients on a variable, one row after the other.
+
+    Attributes:
+      rows: (r, *shape); the shape has a batch axis of size 1 if thin.
+      mirrored: whether the negative of each row is meant as well; else `rows` holds both halves.
+      thin: whether the rows are the same for all examples.
+    """
+
+    rows: Array
+    mirrored: bool
+    thin: bool
+
+
+def unit_rows(net: Net, v: Var, index: Array, dtype: Any) -> Form:
+    """The rows that pick the entries `index` of v, each for every example."""
+    outer, inner = net.outer_and_inner(v)
+    rows = (index[:, None] == jnp.arange(outer * inner)).astype(dtype)
+    shape = net.thin_shape(v)
+    if shape is not None:
+        return Form(rows.reshape(-1, *shape), mirrored=True, thin=True)
+    rows = jnp.broadcast_to(
+        rows.reshape(-1, outer, 1, inner), (len(index), outer, net.batch, inner)
+    )
+    return Form(rows.reshape(-1, *v.shape), mirrored=True, thin=False)
+
+
+def entries(net: Net, bounds: Array, v: Var) -> Array:
+    """Bounds (n, b) of all entries of v in v's own shape."""
+    outer, inner = net.outer_and_inner(v)
+    return jnp.moveaxis(bounds.reshape(outer, inner, net.batch), 2, 1).reshape(v.shape)
+
+
+def pull_back(
+    net: Net, planes: Mapping[Var, Planes], start: Var, form: Form
+) -> tuple[Array, Array]:
+    """Rows on `start` as rows (2 r, *input) on the input, and offsets (2 r, b).
+
+    The first half bounds the rows from below, the second half their negatives.
+    """
+    count, dtype = len(form.rows) // (1 if form.mirrored else 2), form.rows.dtype
+    offset = jnp.zeros((2 * count, net.batch), dtype)
+    forms = {start: form}
+    for v in ancestors(net, planes, start):
+        form = forms.pop(v)
+        plane = planes[v]
+        if not plane.affine:
+            form = _written_out(net, v, form)
+        offset = offset + _offsets(net, v, plane, form)
+        if form.thin and not _is_thin(net, v, plane):
+            form = _thick(net, v, form)
+        for x, rows in zip(plane.operands, _transposed(net, v, plane, form), strict=True):
+            part = dataclasses.replace(form, rows=rows)
+            forms[x] = _added(net, x, forms[x], part) if x in forms else part
+    if net.input not in forms:  # constant on the region
+        return jnp.zeros((2 * count, *net.input.shape), dtype), offset
+    return _written_out(net, net.input, forms[net.input]).rows, offset
+
+
+def ancestors(net: Net, planes: Mapping[Var, Planes], start: Var) -> list[Var]:
+    """What `start` is made of, itself included and the input not, last first."""
+    wanted, found = {start}, []
+    for v in reversed(net.makers):
+        if v in wanted:
+            found.append(v)
+            wanted.update(planes[v].operands)
+    return found
+
+
+def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
+    """What the planes' offsets add to the rows and, if mirrored, to their negatives."""
+    if plane.below is None and plane.above is None:
+        return jnp.zeros((), form.rows.dtype)
+    positive, negative = jnp.maximum(form.rows, 0), jnp.minimum(form.rows, 0)
+
+    def total(a: Array | None, b: Array | None) -> Array:  # of positive a + negative b
+        if a is b:
+            return net.per_example(_scaled(form.rows, a), v)
+        parts = [_scaled(p, t) for p, t in ((positive, a), (negative, b)) if t is not None]
+        return net.per_example(functools.reduce(jnp.add, parts), v)
+
+    below = total(plane.below, plane.above)
+    if not form.mirrored:
+        return below
+    return jnp.concatenate([below, -total(plane.above, plane.below)])
+
+
+def _scaled(rows: Array, offset: Any) -> Array:
+    """rows times an offset; where a row is zero, an unknown or infinite offset does not matter."""
+    return jnp.where(rows == 0, 0, rows * offset)
+
+
+_RESHAPES = frozenset(["reshape", "squeeze", "expand_dims"])  # their transposes are reshapes
+
+
+def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...]:
+    """The rows on each operand."""
+    if not plane.operands:
+        return ()
+    shapes = [net.thin_shape(x) if form.thin else x.shape for x in plane.operands]
+    if net.makers[v].name in _RESHAPES:
+        return (form.rows.reshape(-1, *shapes[0]),)  # type: ignore[misc]
+    if has_fast_transpose(net.makers[v]):
+        eqn = net.makers[v]
+        before = [low for low, _ in eqn.params["padding"]]
+        return (transposed(eqn, plane.lower, form.rows, shapes[0], before),)  # type: ignore
+    structs = [jax.ShapeDtypeStruct(shape, form.rows.dtype) for shape in shapes]  # type: ignore
+
+    def pull(weight: Any, rows: Array) -> tuple[Array, ...]:
+        transpose = jax.linear_transpose(functools.partial(plane.apply, weight), *structs)
+        return jax.vmap(transpose)(rows)
+
+    if plane.affine:
+        return pull(plane.lower, form.rows)
+    if plane.apply is jnp.multiply:  # weights may differ from row to row
+        return (jnp.maximum(form.rows, 0) * plane.lower + jnp.minimum(form.rows, 0) * plane.upper,)
+    lower = pull(plane.lower, jnp.maximum(form.rows, 0))
+    upper = pull(plane.upper, jnp.minimum(form.rows, 0))
+    return tuple(a + b for a, b in zip(lower, upper, strict=True))
+
+
+_SHAPE_FREE = frozenset(
+    """
+    dot_general conv_general_dilated neg transpose rev reduce_sum reduce_window_sum cumsum
+    convert_element_type reduce_precision stop_gradient copy reshape squeeze expand_dims
+    """.split()
+)
+
+
+def _is_thin(net: Net, v: Var, plane: Planes) -> bool:
+    """Whether the planes are the same for all examples and their rule for any batch size."""
+    if net.batch == 1:
+        return True
+    eqn = net.makers[v]
+    if any(net.thin_shape(x) is None for x in (v, *plane.operands)):
+        return False
+    if eqn.name == "dot_general" and eqn.params["dimension_numbers"][1][0]:
+        return False  # weights per example
+    elementwise = eqn.name in ("add", "sub", "mul", "div")
+    one_for_all = all(
+        jnp.ndim(w) == 0 or jnp.shape(w)[net.rows[v].axis] == 1
+        for w in jax.tree.leaves(plane.lower)
+    )
+    return (eqn.name in _SHAPE_FREE or (elementwise and one_for_all)) and plane.affine
+
+
+def _written_out(net: Net, v: Var, form: Form) -> Form:
+    """The rows of both signs for all examples."""
+    form = _thick(net, v, form)
+    if not form.mirrored:
+        return form
+    return Form(jnp.concatenate([form.rows, -form.rows]), mirrored=False, thin=False)
+
+
+def _thick(net: Net, v: Var, form: Form) -> Form:
+    if not form.thin:
+        return form
+    return dataclasses.replace(
+        form, rows=jnp.broadcast_to(form.rows, (len(form.rows), *v.shape)), thin=False
+    )
+
+
+def _added(net: Net, v: Var, a: Form, b: Form) -> Form:
+    if a.mirrored != b.mirrored:
+        a, b = _written_out(net, v, a), _written_out(net, v, b)
+    if a.thin != b.thin:
+        a, b = _thick(net, v, a), _thick(net, v, b)
+    return dataclasses.replace(a, rows=a.rows + b.rows)

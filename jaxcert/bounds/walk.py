@@ -1,0 +1,179 @@
+"""One forward sweep over a graph: a box and planes for every variable.
+
+Boxes come from interval rules, and where a nonlinear function reads a variable, from whatever the
+caller bounds it with. Planes (`planes.py`) are fitted to the boxes as they stand then.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.bounds.backward import Net
+from jaxcert.bounds.concretise import box_of
+from jaxcert.bounds.expand import Expanded, expand
+from jaxcert.bounds.interpreter import Value, apply_rule, lower, operand, upper
+from jaxcert.bounds.planes import Planes, is_affine, planes_of, products, with_rounding
+from jaxcert.bounds.relaxations import LINES
+from jaxcert.graph import Equation, Graph, Var
+from jaxcert.rows import Rows, check
+from jaxcert.sets import Array, Box, InputSet, LinfBall
+
+
+class Walk:
+    """One forward sweep over a graph: a box and planes for every variable.
+
+    Attributes:
+      net: the expanded graph.
+      boxes: what is known of each variable.
+      planes: around each bounded variable, functions of others.
+    """
+
+    def __init__(self, graph: Graph, rows: Mapping[Var, Rows], region: InputSet, outward: bool):
+        self.expanded: Expanded = expand(graph)
+        graph = self.expanded.graph
+        batch = graph.inputs[0].shape[0]
+        if batch > 1:
+            rows = check(graph, batch)
+        makers = {out: eqn for eqn in graph.equations for out in eqn.outputs if out.bounded}
+        self.net = Net(graph, rows, batch, makers)
+        self.region, self.outward = region, outward
+        box = box_of(region, outward)
+        self.dtype = box.lower.dtype
+        self.boxes: dict[Var, Value] = {graph.inputs[0]: box}
+        self.planes: dict[Var, Planes] = {}
+        self.dust: Any = 0.0  # what products flushed to zero can amount to
+        self._readers = _count_readers(graph)
+        self._spread = {graph.inputs[0]: 0 if isinstance(region, Box | LinfBall) else 2}
+
+    @property
+    def output(self) -> Var:
+        """The graph's output, which depends on the input."""
+        out = self.net.graph.outputs[0]
+        if not isinstance(out, Var) or not out.bounded:
+            raise ValueError("the model's output does not depend on its input; use ibp")
+        return out
+
+    def run(self, bound_hidden: Callable[["Walk", Var], Box] | None) -> None:
+        """Fill in boxes and planes in order of evaluation."""
+        for eqn in self.net.graph.equations:
+            if eqn.bounded and bound_hidden is not None:
+                for v in self._worth_bounding(eqn):
+                    self.boxes[v] = meet(self.boxes[v], bound_hidden(self, v))
+                    self._spread[v] = 1
+            values = [operand(self.boxes, a, self.outward) for a in eqn.inputs]
+            results = apply_rule(eqn, values, self.outward)
+            self.boxes.update(zip(eqn.outputs, results, strict=True))
+            for out in eqn.outputs:
+                if out in self.expanded.originals:
+                    self._meet_original(out)
+            if eqn.bounded:
+                self._add_planes(eqn, values)
+
+    def _worth_bounding(self, eqn: Equation) -> list[Var]:
+        """Operands whose box should come from a linear bound."""
+        return [
+            v
+            for v in dict.fromkeys(_bounded(eqn))
+            if (v in self.expanded.fine if is_affine(eqn) else v not in self.expanded.coarse)
+            and jnp.issubdtype(v.dtype, jnp.floating)
+            and self._spread[v] > 1
+        ]
+
+    def _meet_original(self, out: Var) -> None:
+        eqn = self.expanded.originals[out]
+        values = [operand(self.boxes, a, self.outward) for a in eqn.inputs]
+        (known,) = apply_rule(eqn, values, self.outward)
+        self.boxes[out] = meet(self.boxes[out], known)
+
+    def _add_planes(self, eqn: Equation, values: Sequence[Value]) -> None:
+        level = _spread_after(eqn, [self._spread[a] for a in _bounded(eqn)])
+        self._spread.update(dict.fromkeys(eqn.outputs, level))
+        if not all(jnp.issubdtype(out.dtype, jnp.floating) for out in eqn.outputs):
+            return
+        found = planes_of(eqn, [cast(v, self.dtype) for v in values], self.outward)
+        for out, plane in zip(eqn.outputs, found, strict=True):
+            if eqn.name in LINES:
+                plane = or_constant(plane, self.boxes[out])
+            self.planes[out] = self.counted(eqn, plane) if self.outward else plane
+
+    def counted(self, eqn: Equation, plane: Planes) -> Planes:
+        """The plane with its rounding, in a proof."""
+        sizes = [
+            jnp.maximum(jnp.abs(lower(box)), jnp.abs(upper(box)))
+            for box in (self.boxes[x] for x in plane.operands)
+        ]
+        if plane.elementwise:  # what is multiplied by 0 may be as large as it likes
+            sizes = [jnp.where((plane.lower != 0) | (plane.upper != 0), sizes[0], 0)]
+        if products(eqn):
+            self.dust = self.dust + sum(map(jnp.sum, map(_unless_mask, sizes))) * 2.0**-980
+        uses = max((self._readers[x] for x in plane.operands), default=1)
+        terms = math.prod(eqn.outputs[0].shape) + len(self.net.graph.equations)
+        return with_rounding(plane, eqn, sizes, uses, terms)
+
+
+def _unless_mask(size: Array) -> Array:
+    """Sizes, but for numbers that stand for minus infinity in a mask."""
+    return jnp.where(size >= 2.0**900, 0, size)
+
+
+def or_constant(plane: Planes, box: Box) -> Planes:
+    """The planes, or the ends of the box where a plane is not finite."""
+    assert plane.below is not None and plane.above is not None
+    sides = []
+    for weight, offset, end in (
+        (plane.lower, plane.below, box.lower),
+        (plane.upper, plane.above, box.upper),
+    ):
+        finite = jnp.isfinite(weight) & jnp.isfinite(offset)
+        sides += [jnp.where(finite, weight, 0), jnp.where(finite, offset, end)]
+    return dataclasses.replace(
+        plane, lower=sides[0], below=sides[1], upper=sides[2], above=sides[3]
+    )
+
+
+def _bounded(eqn: Equation) -> list[Var]:
+    return [a for a in eqn.inputs if isinstance(a, Var) and a.bounded]
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """A value in another float type; other types stay."""
+    if jnp.issubdtype(lower(value).dtype, jnp.floating):
+        return jax.tree.map(lambda a: a.astype(dtype), value)
+    return value
+
+
+def _count_readers(graph: Graph) -> dict[Var, int]:
+    count: dict[Var, int] = {}
+    for eqn in graph.equations:
+        for a in eqn.inputs:
+            if isinstance(a, Var):
+                count[a] = count.get(a, 0) + 1
+    return count
+
+
+_MIXING = frozenset("dot_general conv_general_dilated reduce_sum reduce_window_sum cumsum".split())
+_COPYING = frozenset("broadcast_in_dim gather tile dynamic_slice concatenate stack".split())
+
+
+def _spread_after(eqn: Equation, levels: Sequence[int]) -> int:
+    """How far interval bounds of an affine equation's result can be from exact, on a box.
+
+    0: each entry depends on an input entry of its own. 1: exact, but entries may share input
+    entries, so that sums of them would not be. 2: not exact.
+    """
+    if len(levels) != 1 or not is_affine(eqn):
+        return 2
+    if eqn.name in _MIXING:
+        return 1 if levels[0] == 0 else 2
+    return max(levels[0], 1) if eqn.name in _COPYING else levels[0]
+
+
+def meet(a: Box, b: Box) -> Box:
+    """What two boxes know together; one that knows nothing (NaN) does not count."""
+    low = jnp.where(jnp.isnan(a.lower), b.lower, jnp.fmax(a.lower, b.lower))
+    high = jnp.where(jnp.isnan(a.upper), b.upper, jnp.fmin(a.upper, b.upper))
+    return Box(jnp.minimum(low, high), jnp.maximum(low, high))

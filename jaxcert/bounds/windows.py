@@ -1,0 +1,314 @@
+"""Hidden bounds of feature maps by receptive-field cropping.
+
+One position of a map is the output of a tiny net on a window of the input, with the same weights
+and with the planes cropped to that window: the backward pass of `backward.py`, on windows. All
+positions of all examples are mapped over, some at a time. Nothing is approximated: the bounds are
+those of the dense pass, which spends its time on zeros outside of the windows.
+
+Where a window reaches over the edge of a map, its entries out there do not exist. Padding would
+make the transpose of a convolution give them coefficients, which are set to zero before anything
+else reads them: off the map all rows are zero, so whatever is cropped out there does not matter.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcert.bounds import convolution
+from jaxcert.bounds.backward import Net, ancestors
+from jaxcert.bounds.concretise import box_of, least
+from jaxcert.bounds.geometry import RESHAPES, Geometry, Span, Window, sizes
+from jaxcert.bounds.planes import Planes
+from jaxcert.graph import Var
+from jaxcert.sets import Array, Box, InputSet, LinfBall
+
+_CACHE = 2**19  # bytes of rows worked on at a time
+
+
+def bounds_by_window(
+    net: Net,
+    planes: Mapping[Var, Planes],
+    start: Var,
+    where: Geometry,
+    region: InputSet,
+    outward: bool,
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Lower and upper bounds of every entry of `start`, each in start's shape."""
+    steps = [v for v in ancestors(net, planes, start) if v in where.windows]
+    crops = _Crops(where)
+    for v in steps:
+        _add_planes(crops, where, v, planes[v])
+        if where.overhangs(v) and planes[v].apply is not jnp.multiply:
+            crops.add((v, "on the map"), v, _ones(where, v, dtype))
+    if net.input in where.windows:
+        region = Box(*jax.tree.leaves(box_of(region, outward))) if _is_box(region) else region
+        for i, leaf in enumerate(jax.tree.leaves(region)):
+            crops.add((net.input, i), net.input, leaf)
+        if where.overhangs(net.input):
+            crops.add((net.input, "on the map"), net.input, _ones(where, net.input, dtype))
+    crops.close()
+    window = where.windows[start]
+    count = math.prod(sizes(window))
+    # Behind a barrier, or XLA convolves these known rows with known kernels when compiling.
+    unit = lax.optimization_barrier(jnp.eye(count, dtype=dtype).reshape(count, *sizes(window)))
+
+    def one(position: Array) -> Array:
+        here = crops.at(position)
+
+        def on_the_map(v, rows):
+            mask = here.get((v, "on the map"))
+            return rows if mask is None else rows * mask
+
+        offset = jnp.zeros((2 * count,), dtype)
+        rows_of, mirrored = {start: unit}, {start: True}
+        for v in steps:
+            rows, single, plane = on_the_map(v, rows_of.pop(v)), mirrored.pop(v), planes[v]
+            if single and not plane.affine:
+                rows, single = jnp.concatenate([rows, -rows]), False
+            cropped = {key: here.get((v, key)) for key in ("lower", "below", "upper", "above")}
+            offset = offset + _offsets(cropped, rows, single)
+            parts = _transposed(net, where, v, plane, cropped, rows)
+            for i, (x, part) in enumerate(zip(plane.operands, parts, strict=True)):
+                part = _embedded(part, where.edges[v, i], where.windows[x], x.shape, position)
+                rows_of[x], mirrored[x] = _added(rows_of, mirrored, x, part, single)
+        if net.input not in rows_of:
+            return offset
+        rows = on_the_map(net.input, rows_of[net.input])
+        rows = jnp.concatenate([rows, -rows]) if mirrored[net.input] else rows
+        leaves, structure = jax.tree.flatten(region)
+        leaves = [here[net.input, i] for i in range(len(leaves))]
+        return least(_one_example(jax.tree.unflatten(structure, leaves)), rows, outward)[:, 0] + offset
+
+    values = _mapped(
+        one, where, 2 * count * max(math.prod(sizes(w)) for w in where.windows.values())
+    )
+    values = values.reshape(*where.grid, 2, *sizes(window))
+    squeezed = jnp.squeeze(values, [len(where.grid) + 1 + axis for axis in where.axes])
+    order = [*where.axes, *(i for i in range(len(start.shape)) if i not in where.axes)]
+    ends = jnp.moveaxis(squeezed, len(where.grid), 0)
+    back = [order.index(i) for i in range(len(order))]
+    return ends[0].transpose(back), -ends[1].transpose(back)
+
+
+def _mapped(one: Any, where: Geometry, rows: int) -> Array:
+    """one(position) for all positions, as many at a time as fit the cache."""
+    index = jnp.stack(
+        [i.reshape(-1) for i in jnp.meshgrid(*map(jnp.arange, where.grid), indexing="ij")], -1
+    )
+    total = len(index)
+    chunk = max(1, min(total, _CACHE // (4 * rows)))
+    steps = -(-total // chunk)
+    if steps == 1:
+        return jax.vmap(one)(index)
+    chunk = -(-total // steps)
+    padded = index[jnp.minimum(jnp.arange(steps * chunk), total - 1)]
+    values = lax.map(jax.vmap(one), padded.reshape(steps, chunk, -1))
+    return values.reshape(steps * chunk, -1)[:total]
+
+
+# --- Crops ----------------------------------------------------------------------------------------
+
+
+class _Crops:
+    """Arrays, padded so that their windows lie inside of them at every position of the grid.
+
+    Arrays of one shape and window are stacked, because cutting is what takes time.
+    """
+
+    def __init__(self, where: Geometry):
+        self.where = where
+        self._parts: dict[Any, list[tuple[Any, Array]]] = {}
+        self._stacks: list[tuple[list[Any], Window, Array]] = []
+
+    def add(self, key: Any, v: Var, array: Any, window: Window | None = None) -> None:
+        """Have `key` stand for the part of an array that is in v's window."""
+        window = window or self.where.windows[v]
+        array = jnp.asarray(array)
+        if array.ndim == 1:  # one per example
+            array = array.reshape(-1, *[1] * (len(window) - 1))
+        array = array.reshape((1,) * (len(window) - array.ndim) + array.shape)
+        self._parts.setdefault((window, array.shape, array.dtype), []).append((key, array))
+
+    def close(self) -> None:
+        """Pad and stack what was added."""
+        for (window, shape, _), parts in self._parts.items():
+            pads, moved = [(0, 0, 0)], []
+            for span, m in zip(window, shape, strict=True):
+                if span.axis is None or m == 1:  # an axis of size 1 stands for any size
+                    pads.append((0, 0, 0))
+                    moved.append(Span(0, m))
+                    continue
+                low = max(0, -span.start)
+                end = (self.where.grid[span.axis] - 1) * span.stride + span.start + span.size
+                pads.append((low, max(0, end - m), 0))
+                moved.append(dataclasses.replace(span, start=span.start + low))
+            stack = lax.concatenate([array[None] for _, array in parts], 0)
+            stack = lax.pad(stack, jnp.zeros((), stack.dtype), pads)
+            self._stacks.append(([key for key, _ in parts], tuple(moved), stack))
+
+    def at(self, position: Array) -> dict[Any, Array]:
+        """The parts in the windows at a position of the grid."""
+        zero, found = jnp.zeros((), position.dtype), {}
+        for keys, window, stack in self._stacks:
+            starts = [zero if s.axis is None else position[s.axis] * s.stride + s.start
+                      for s in window]  # fmt: skip
+            if not all(s.axis is None for s in window):
+                stack = lax.dynamic_slice(stack, [zero, *starts], (len(keys), *sizes(window)))
+            found.update({key: stack[i] for i, key in enumerate(keys)})
+        return found
+
+
+def _add_planes(crops: _Crops, where: Geometry, v: Var, plane: Planes) -> None:
+    """What of v's planes depends on the position."""
+    for key in ("below", "above"):
+        if getattr(plane, key) is not None:
+            crops.add((v, key), v, getattr(plane, key))
+    if plane.elementwise:
+        same = plane.operands[0].shape == v.shape
+        window = where.windows[v] if same else where.edges[v, 0]
+        crops.add((v, "lower"), v, plane.lower, window)
+        if not plane.affine:
+            crops.add((v, "upper"), v, plane.upper, window)
+
+
+def _ones(where: Geometry, v: Var, dtype: Any) -> Array:
+    """Ones on v, as thin as can be."""
+    window = where.windows[v]
+    shape = [1 if s.axis is None else m for s, m in zip(window, v.shape, strict=True)]
+    return jnp.ones(shape, dtype)
+
+
+def _is_box(region: InputSet) -> bool:
+    return isinstance(region, Box | LinfBall)
+
+
+def _one_example(region: InputSet) -> InputSet:
+    """A cropped region as one example's."""
+    if isinstance(region, Box):
+        return region
+    return dataclasses.replace(region, eps=jnp.reshape(region.eps, -1))
+
+
+# --- One step back, on windows --------------------------------------------------------------------
+
+
+def _offsets(cropped: Mapping[str, Array], rows: Array, single: bool) -> Array:
+    below, above = cropped["below"], cropped["above"]
+    if below is None and above is None:
+        return jnp.zeros((), rows.dtype)
+    axes = tuple(range(1, rows.ndim))
+    positive, negative = jnp.maximum(rows, 0), jnp.minimum(rows, 0)
+
+    def total(a, b):
+        parts = [
+            jnp.where(p == 0, 0, p * t) for p, t in ((positive, a), (negative, b)) if t is not None
+        ]
+        return jnp.sum(functools.reduce(jnp.add, parts), axes)
+
+    lower = total(below, above)
+    return jnp.concatenate([lower, -total(above, below)]) if single else lower
+
+
+def _transposed(
+    net: Net, where: Geometry, v: Var, plane: Planes, cropped: Mapping[str, Array], rows: Array
+) -> list[Array]:
+    eqn, window = net.makers[v], where.windows[v]
+    if not plane.operands:
+        return []
+    shapes = [sizes(where.edges[v, i]) for i in range(len(plane.operands))]
+    if plane.elementwise:
+        rows = (
+            rows
+            if eqn.name != "reduce_max"
+            else jnp.expand_dims(rows, [1 + a for a in eqn.params["axes"]])
+        )
+        if plane.affine:
+            return [rows * cropped["lower"]]
+        return [jnp.maximum(rows, 0) * cropped["lower"] + jnp.minimum(rows, 0) * cropped["upper"]]
+    if eqn.name in RESHAPES:
+        return [rows.reshape(len(rows), *shapes[0])]
+    moving = any(a != b for a, b in zip(window, where.edges[v, 0], strict=False))
+    if eqn.name == "pad" and any(s.axis is not None for s in window):
+        return [rows]
+    if eqn.name == "conv_general_dilated":
+        spatial = eqn.params["dimension_numbers"].out_spec[2:]
+        still = all(window[o].axis is None for o in spatial)
+        padding = eqn.params["padding"] if still else ((0, 0),) * len(spatial)
+        if convolution.has_fast_transpose(eqn):
+            before = [low for low, _ in padding]
+            return [convolution.transposed(eqn, plane.lower, rows, shapes[0], before)]
+        options = {
+            "padding": padding,
+            "precision": lax.Precision.HIGHEST,
+            "preferred_element_type": None,
+        }
+        apply = lambda x: eqn.bind(x, plane.lower, **options)[0]
+        return list(_rows_through(apply, shapes, rows))
+    options = {}
+    if eqn.name == "reduce_window_sum":
+        options = {
+            "padding": tuple(
+                (0, 0) if s.axis is not None else pair
+                for s, pair in zip(window, eqn.params["padding"], strict=True)
+            )
+        }
+        return list(_rows_through(lambda x: eqn.bind(x, **options)[0], shapes, rows))
+    if eqn.name == "slice":
+        strides = eqn.params["strides"] or (1,) * len(window)
+        edge = where.edges[v, 0]
+        limits = tuple(
+            s.size if s.axis is not None else m
+            for s, m in zip(edge, eqn.params["limit_indices"], strict=True)
+        )
+        starts = tuple(
+            0 if s.axis is not None else m
+            for s, m in zip(edge, eqn.params["start_indices"], strict=True)
+        )
+        return list(_rows_through(lambda x: lax.slice(x, starts, limits, strides), shapes, rows))
+    return list(_rows_through(functools.partial(plane.apply, plane.lower), shapes, rows))
+
+
+def _rows_through(apply: Any, shapes: Sequence[Any], rows: Array) -> tuple[Array, ...]:
+    structs = [jax.ShapeDtypeStruct(shape, rows.dtype) for shape in shapes]
+    return jax.vmap(jax.linear_transpose(apply, *structs))(rows)
+
+
+def _added(rows_of: Any, mirrored: Any, x: Var, part: Array, single: bool) -> tuple[Array, bool]:
+    if x not in rows_of:
+        return part, single
+    before = rows_of[x]
+    if mirrored[x] != single:
+        both = [
+            jnp.concatenate([r, -r]) if s else r for r, s in ((before, mirrored[x]), (part, single))
+        ]
+        return both[0] + both[1], False
+    return before + part, single
+
+
+def _embedded(
+    rows: Array, edge: Window, window: Window, shape: Sequence[int], position: Array
+) -> Array:
+    """Rows on an edge's window as rows on the variable's, which contains it."""
+    if edge == window:
+        return rows
+    pads, starts, limits = [(0, 0)], [jnp.zeros((), position.dtype)], [len(rows)]
+    for a, b, m in zip(edge, window, shape, strict=True):
+        zero = jnp.zeros((), position.dtype)
+        if a.axis == b.axis:  # both move, or neither
+            low = a.start - b.start
+            pads.append((low, b.size - a.size - low))
+            starts.append(zero)
+            limits.append(b.size)
+        else:  # into the whole map: pad by a map on both sides, then cut at minus the offset
+            pads.append((m, m))
+            starts.append(m - (position[a.axis] * a.stride + a.start))
+            limits.append(m)
+    padded = jnp.pad(rows, pads)
+    return lax.dynamic_slice(padded, starts, limits)
