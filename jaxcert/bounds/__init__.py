@@ -8,6 +8,7 @@ from jaxcert.bounds.interval import register as register
 from jaxcert.bounds.linear import LinearBounds as LinearBounds
 from jaxcert.bounds.linear import crown as crown
 from jaxcert.bounds.linear import crown_ibp as crown_ibp
+from jaxcert.bounds.linear import hidden_bounds as hidden_bounds
 from jaxcert.bounds.linear import linear_bounds as linear_bounds
 from jaxcert.bounds.slopes import alpha_crown as alpha_crown
 from jaxcert.bounds.transform import Bound as Bound

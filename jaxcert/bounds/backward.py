@@ -91,16 +91,15 @@ class Form:
 
 
 def unit_rows(net: Net, v: Var, index: Array, dtype: Any) -> Form:
-    """The rows that pick the entries `index` of v, each for every example."""
+    """The rows that pick the entries `index` of v: (n,) for all examples or (n, b) for each."""
     outer, inner = net.outer_and_inner(v)
-    rows = (index[:, None] == jnp.arange(outer * inner)).astype(dtype)
+    rows = (index[..., None] == jnp.arange(outer * inner)).astype(dtype)
     shape = net.thin_shape(v)
-    if shape is not None:
+    if index.ndim == 1 and shape is not None:
         return Form(rows.reshape(-1, *shape), mirrored=True, thin=True)
-    rows = jnp.broadcast_to(
-        rows.reshape(-1, outer, 1, inner), (len(index), outer, net.batch, inner)
-    )
-    return Form(rows.reshape(-1, *v.shape), mirrored=True, thin=False)
+    rows = rows.reshape(len(index), -1, outer, inner)
+    rows = jnp.broadcast_to(rows, (len(index), net.batch, outer, inner))
+    return Form(jnp.moveaxis(rows, 1, 2).reshape(-1, *v.shape), mirrored=True, thin=False)
 
 
 def entries(net: Net, bounds: Array, v: Var) -> Array:
@@ -138,7 +137,7 @@ def pull_back(
 def ancestors(net: Net, planes: Mapping[Var, Planes], start: Var) -> list[Var]:
     """What `start` is made of, itself included and the input not, last first."""
     wanted, found = {start}, []
-    for v in reversed(net.makers):
+    for v in reversed(list(net.makers)):
         if v in wanted:
             found.append(v)
             wanted.update(planes[v].operands)

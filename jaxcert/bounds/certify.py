@@ -114,7 +114,7 @@ def certified_radius(
     """
     if norm not in _BALLS:
         raise ValueError(f"norm must be one of inf, 2 and 1, got {norm}")
-    region = checked(_BALLS[norm](x, largest, valid))
+    region: Any = checked(_BALLS[norm](x, largest, valid))
     k = _classes(f, region.x)
     arrays, structure = split(f, region.x)
     prediction = _predict(structure, arrays, region.x)

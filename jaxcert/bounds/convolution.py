@@ -19,7 +19,7 @@ from jax import lax
 from jaxcert.graph import Equation
 from jaxcert.sets import Array
 
-_SMALL = 16  # entries of a map up to which a matrix product is faster
+_SMALL = 2**19  # products up to which, in the cache, a matrix product is faster
 
 
 def has_fast_transpose(eqn: Equation) -> bool:
@@ -76,7 +76,7 @@ def _on_channels_last(
     kernel = kernel.reshape(*split, ci, co)  # (q1, s1, q2, s2, ..., ci, co)
     qs, ss = range(0, 2 * d, 2), range(1, 2 * d, 2)
     options: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
-    if math.prod(rows.shape[1:-1]) <= _SMALL:
+    if math.prod(rows.shape[:-1]) * math.prod(split) * ci <= _SMALL:
         weight = kernel.transpose(2 * d + 1, *qs, *ss, 2 * d).reshape(co, -1)
         flat = lax.dot_general(rows.reshape(-1, co), weight, (((1,), (0,)), ((), ())), **options)
         flat = flat.reshape(*rows.shape[:-1], *q, -1)

@@ -85,7 +85,7 @@ def geometry(net: Net, planes: Mapping[Var, Planes], start: Var) -> Geometry | N
         if needed is None:
             whole = frame.whole(v)
             needed = None if whole is None else _operand_windows(frame, v, planes[v], whole)
-            if needed is None:
+            if whole is None or needed is None:
                 return None
             windows[v] = whole
         for i, (x, part) in enumerate(zip(planes[v].operands, needed, strict=True)):

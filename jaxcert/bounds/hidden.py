@@ -6,6 +6,7 @@ limits, and 256 MiB elsewhere. A feature map is bounded window by window instead
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,55 +15,101 @@ from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import Form, entries, pull_back, unit_rows
 from jaxcert.bounds.concretise import least
 from jaxcert.bounds.geometry import geometry
+from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.walk import Walk
 from jaxcert.bounds.windows import bounds_by_window
 from jaxcert.graph import Var
 from jaxcert.sets import Array, Box
 
 
-def refined(walk: Walk, v: Var, chunk: int | None = None) -> Box:
-    """The box of v by pulling its unit rows back, a chunk of them at a time."""
+def refined(
+    walk: Walk, v: Var, chunk: int | None = None, planes: Mapping[Var, Planes] | None = None
+) -> Box:
+    """The box of v by pulling its unit rows back, a chunk of them at a time.
+
+    Args:
+      walk: up to v.
+      v: the variable.
+      chunk: rows at a time; by default as many as fit.
+      planes: others than the walk's own.
+    """
     net = walk.net
-    where = geometry(net, walk.planes, v)
+    planes = walk.planes if planes is None else planes
+    where = geometry(net, planes, v)
     if where is not None:
-        low, high = bounds_by_window(
-            net, walk.planes, v, where, walk.region, walk.outward, walk.dtype
-        )
+        low, high = bounds_by_window(net, planes, v, where, walk.region, walk.outward, walk.dtype)
         return with_dust(walk, Box(low, high))
-    outer, inner = net.outer_and_inner(v)
-    size = outer * inner
-    chunk = chunk or _rows_that_fit(walk, v)
-
-    def some(index: Array) -> tuple[Array, Array]:
-        return concretised(walk, v, unit_rows(net, v, index, walk.dtype))
-
-    if chunk >= size:
-        low, high = some(jnp.arange(size))
-    else:
-        count = -(-size // chunk)
-        index = jnp.minimum(jnp.arange(count * chunk), size - 1).reshape(count, chunk)
-        low, high = (a.reshape(-1, net.batch)[:size] for a in jax.lax.map(some, index))
+    index = jnp.arange(math.prod(net.outer_and_inner(v)))
+    low, high = _in_chunks(walk, v, index, chunk, planes)
     return Box(entries(net, low, v), entries(net, high, v))
 
 
-def concretised(walk: Walk, v: Var, form: Form) -> tuple[Array, Array]:
+def refined_where_unsure(walk: Walk, v: Var, count: int, chunk: int | None = None) -> Box:
+    """The box of v with `count` of its entries refined for each example: the least decided ones.
+
+    Those are the entries that reach furthest to both sides of zero, where relus have their kink.
+    """
+    net, box = walk.net, walk.boxes[v]
+    outer, inner = net.outer_and_inner(v)
+    if count >= outer * inner:
+        return refined(walk, v, chunk)
+
+    def by_example(end: Array) -> Array:
+        return jnp.moveaxis(end.reshape(outer, net.batch, inner), 1, 0).reshape(net.batch, -1)
+
+    low, high = by_example(box.lower), by_example(box.upper)
+    _, index = jax.lax.top_k(jnp.minimum(-low, high), count)
+    ends = _in_chunks(walk, v, index.T, chunk, walk.planes)
+    each = jnp.arange(net.batch)[:, None]
+    low, high = (
+        end.at[each, index].set(better.T) for end, better in zip((low, high), ends, strict=True)
+    )
+    return Box(entries(net, low.T, v), entries(net, high.T, v))
+
+
+def _in_chunks(
+    walk: Walk, v: Var, index: Array, chunk: int | None, planes: Mapping[Var, Planes]
+) -> tuple[Array, Array]:
+    """Bounds (n, b) of the entries `index` of v, (n,) or one list per example (n, b)."""
+    size = len(index)
+    chunk = chunk or _rows_that_fit(walk, v)
+
+    def some(index: Array) -> tuple[Array, Array]:
+        return concretised(walk, v, unit_rows(walk.net, v, index, walk.dtype), planes)
+
+    if chunk >= size:
+        return some(index)
+    count = -(-size // chunk)
+    padded = index[jnp.minimum(jnp.arange(count * chunk), size - 1)]
+    low, high = jax.lax.map(some, padded.reshape(count, chunk, *index.shape[1:]))
+    return low.reshape(-1, walk.net.batch)[:size], high.reshape(-1, walk.net.batch)[:size]
+
+
+def concretised(
+    walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]
+) -> tuple[Array, Array]:
     """Lower and upper bounds (r, b) of mirrored rows on v."""
-    rows, offset = pull_back(walk.net, walk.planes, v, form)
-    values = least(walk.region, rows, walk.outward) + offset
+    values = least_values(walk, v, form, planes)
     half = len(values) // 2
-    low, high = values[:half], -values[half:]
-    box = with_dust(walk, Box(low, high))
+    box = with_dust(walk, Box(values[:half], -values[half:]))
     return box.lower, box.upper
 
 
+def least_values(walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]) -> Array:
+    """Lower bounds (2 r, b) of mirrored rows on v and of their negatives; without the dust."""
+    rows, offset = pull_back(walk.net, planes, v, form)
+    return least(walk.region, rows, walk.outward) + offset
+
+
 def with_dust(walk: Walk, box: Box) -> Box:
+    """The box grown, in a proof, by what products that were flushed to zero can amount to."""
     if not walk.outward:
         return box
     return rounding.widen(Box(box.lower - walk.dust, box.upper + walk.dust), rounding.ARITHMETIC)
 
 
 def _rows_that_fit(walk: Walk, v: Var) -> int:
-    """Rows whose coefficients, of both signs and for all examples, take up about `_memory()` bytes."""
+    """Rows whose coefficients, of both signs for all examples, take up about `_memory()` bytes."""
     widest = max(math.prod(w.shape) for w in walk.planes) if walk.planes else 1
     widest = max(widest, math.prod(walk.net.input.shape))
     return max(1, _memory() // (2 * widest * walk.dtype.itemsize))

@@ -11,26 +11,32 @@ functions", NeurIPS 2018).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import Form, entries, pull_back, unit_rows
-from jaxcert.bounds.hidden import concretised, refined, with_dust
+from jaxcert.bounds.hidden import concretised, refined, refined_where_unsure, with_dust
 from jaxcert.bounds.interval import ibp
 from jaxcert.bounds.last_layer import spec_matrix
 from jaxcert.bounds.transform import Bound, Method, transform
-from jaxcert.bounds.walk import Walk, meet
+from jaxcert.bounds.walk import BoundHidden, Walk, meet
 from jaxcert.graph import Graph, Var
 from jaxcert.model import Model
 from jaxcert.rows import Rows
 from jaxcert.sets import Array, Box, InputSet
 from jaxcert.specs import Spec
 
+Hidden: TypeAlias = Method | Sequence[Box]
+"""`crown` or `crown_ibp` for hidden values bounded as they do it, or boxes from `hidden_bounds`."""
 
-def crown(f: Model, *, outward: bool = False, chunk: int | None = None) -> Bound:
+
+def crown(
+    f: Model, *, outward: bool = False, unsure: int | None = None, chunk: int | None = None
+) -> Bound:
     """Linear bounds of f: for every x in the region, lower <= C f(x) + d <= upper.
 
     Every hidden value that a nonlinear function reads is bounded by linear bounds itself, which is
@@ -41,6 +47,9 @@ def crown(f: Model, *, outward: bool = False, chunk: int | None = None) -> Bound
       f: the model, (b, *input) -> (b, *out) with independent rows.
       outward: as for `ibp`: False is for training and search and NOT a proof; True computes in
         float64, counts every rounding error (`planes.py`) and rounds the ends outward.
+      unsure: if given, at most so many entries of each hidden value are bounded that way for each
+        example, those that reach furthest to both sides of zero; the others keep interval bounds,
+        which costs a relu network nothing where their sign is decided.
       chunk: how many rows of coefficients are held at a time; by default as many as fit 1 MiB on a
         CPU and 256 MiB elsewhere. Memory is about 2 chunk b m numbers for the widest hidden value m.
 
@@ -58,19 +67,52 @@ def crown(f: Model, *, outward: bool = False, chunk: int | None = None) -> Bound
       >>> from jaxcert import LinfBall
       >>> f = lambda x: jnp.maximum(x, 0) - x
       >>> box = crown(f)(LinfBall(jnp.ones((1, 1)), 0.5))
-      >>> print(box.lower, box.upper)
+      >>> print(abs(box.lower), box.upper)
       [[0.]] [[0.]]
     """
-    return transform(f, outward, functools.partial(_bound, refine=True, chunk=chunk))
+    return transform(f, outward, functools.partial(_bound, hidden=bounder(crown, unsure, chunk)))
 
 
-def crown_ibp(f: Model, *, outward: bool = False) -> Bound:
-    """Linear bounds of f with interval bounds for the hidden layers: one pass back, so for training.
+def crown_ibp(f: Model, *, outward: bool = False, hidden: Sequence[Box] | None = None) -> Bound:
+    """Linear bounds of f with interval bounds for the hidden layers: cheap enough for training.
 
     Arguments, results and errors as for `crown`; never looser than the interval bounds of the
     output.
+
+    Args:
+      f, outward: as for `crown`.
+      hidden: boxes of the hidden values to use instead, from `hidden_bounds` on this region or on a
+        larger one; a proof is as good as they are.
     """
-    return transform(f, outward, functools.partial(_bound, refine=False))
+    return transform(f, outward, functools.partial(_bound, hidden=bounder(hidden or ibp)))
+
+
+def hidden_bounds(
+    f: Model, *, outward: bool = False, unsure: int | None = None, chunk: int | None = None
+) -> Callable[[InputSet], tuple[Box, ...]]:
+    """The boxes that `crown` puts around hidden values, to be used again by `crown_ibp`,
+    `alpha_crown` and `linear_bounds` with `hidden=`, for this region or parts of it.
+
+    Arguments and errors as for `crown`. The boxes come in order of evaluation, one for each hidden
+    value that a nonlinear function reads, in float64 with `outward`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcert import LinfBall
+      >>> f = lambda x: jnp.maximum(jnp.maximum(x, 0) - x - 0.5, 0)
+      >>> boxes = hidden_bounds(f)(LinfBall(jnp.zeros((1, 1)), 1.0))
+      >>> print(len(boxes), boxes[0].lower, boxes[0].upper)
+      1 [[-1.5]] [[0.5]]
+      >>> print(crown_ibp(f, hidden=boxes)(LinfBall(jnp.zeros((1, 1)), 0.5)).upper)
+      [[0.33333334]]
+    """
+
+    def boxes(graph, rows, region, spec, outward):
+        walk = Walk(graph, rows, region, outward)
+        walk.run(bounder(crown, unsure, chunk))
+        return tuple(walk.boxes[v] for v in walk.refined)
+
+    return transform(f, outward, boxes)  # type: ignore[return-value]
 
 
 @jax.tree_util.register_dataclass
@@ -92,9 +134,9 @@ class LinearBounds:
 
 
 def linear_bounds(
-    f: Model, *, hidden: Method = crown, outward: bool = False
+    f: Model, *, hidden: Hidden = crown, outward: bool = False
 ) -> Callable[..., LinearBounds]:
-    """The affine functions that `crown` or `crown_ibp` (`hidden`) would minimise over the region.
+    """The affine functions that `crown` or `crown_ibp` (`hidden`) minimise over the region.
 
     Returns:
       A function `(region, spec=None) -> LinearBounds`. Without a spec the rows are the outputs, in
@@ -108,11 +150,11 @@ def linear_bounds(
       >>> print(found.lower_matrix, found.upper_matrix, found.upper_offset)
       [[[1.]]] [[[0.75]]] [[0.75]]
     """
-    refine = refines(hidden)
+    bound = bounder(hidden)
 
     def functions(graph, rows, region, spec, outward):
         walk = Walk(graph, rows, region, outward)
-        walk.run(refined if refine else None)
+        walk.run(bound)
         goal = Goal(walk, spec)
         matrix, offset = pull_back(walk.net, walk.planes, walk.output, goal.form)
         half = len(offset) // 2
@@ -124,13 +166,37 @@ def linear_bounds(
     return transform(f, outward, functions)  # type: ignore[return-value]
 
 
-def refines(hidden: Method) -> bool:
-    """Whether a choice of hidden bounds asks for linear ones."""
-    if hidden not in (crown, crown_ibp, ibp):
+def bounder(
+    hidden: Hidden, unsure: int | None = None, chunk: int | None = None
+) -> BoundHidden | None:
+    """How hidden values are bounded: by rows of their own, by known boxes, or by intervals only."""
+    if hidden is ibp or hidden is crown_ibp:
+        return None
+    if isinstance(hidden, functools.partial):
+        options = {"unsure": unsure, "chunk": chunk, **hidden.keywords}
+        return bounder(hidden.func, options["unsure"], options["chunk"])
+    if hidden is crown and unsure is not None:
+        return functools.partial(refined_where_unsure, count=unsure, chunk=chunk)
+    if hidden is crown:
+        return functools.partial(refined, chunk=chunk)
+    if not isinstance(hidden, Sequence) or not all(isinstance(box, Box) for box in hidden):
         raise ValueError(
-            f"hidden must be one of the functions crown, crown_ibp and ibp, got {hidden!r}"
+            "hidden must be one of the functions crown, crown_ibp and ibp, or boxes from "
+            f"hidden_bounds, got {hidden!r}"
         )
-    return hidden is crown
+    return functools.partial(_known, boxes=tuple(hidden))
+
+
+def _known(walk: Walk, v: Var, boxes: Sequence[Box]) -> Box:
+    """The box of the next hidden value."""
+    place = len(walk.refined)
+    if place >= len(boxes) or boxes[place].lower.shape != v.shape:
+        shapes = [box.lower.shape for box in boxes]
+        raise ValueError(
+            f"hidden value {place} has shape {v.shape}, the given boxes have shapes {shapes}; take "
+            "them from hidden_bounds of the same model, on a set of the same kind and batch size"
+        )
+    return jax.tree.map(lambda end: jnp.asarray(end, walk.dtype), boxes[place])
 
 
 def _bound(
@@ -140,15 +206,14 @@ def _bound(
     spec: Spec | None,
     outward: bool,
     *,
-    refine: bool,
-    chunk: int | None = None,
+    hidden: BoundHidden | None,
 ) -> Box:
     walk = Walk(graph, rows, region, outward)
-    walk.run(functools.partial(refined, chunk=chunk) if refine else None)
+    walk.run(hidden)
     if spec is None:
-        return meet(walk.boxes[walk.output], refined(walk, walk.output, chunk))
+        return meet(walk.boxes[walk.output], refined(walk, walk.output))
     goal = Goal(walk, spec)
-    low, high = concretised(walk, walk.output, goal.form)
+    low, high = concretised(walk, walk.output, goal.form, walk.planes)
     return shifted(walk, spec, Box(low.T, high.T))
 
 

@@ -84,7 +84,7 @@ def is_affine(eqn: Equation) -> bool:
         return len(_bounded(eqn)) == 1 and (eqn.name != "div" or _bounded(eqn)[0] == 0)
     if eqn.name == "select_n":
         return not _is_bounded(eqn.inputs[0])
-    return eqn.name in _MOVES or eqn.name in _SUMS
+    return eqn.name in _MOVES | _SUMS | _JOINS
 
 
 def _is_bounded(atom: Any) -> bool:
@@ -157,7 +157,7 @@ def products(eqn: Equation) -> int:
         return out + 4
     if eqn.name == "reduce_window_sum":
         return math.prod(eqn.params["window_dimensions"])
-    return 0 if eqn.name in _MOVES or eqn.name in _SUMS else 4
+    return 0 if eqn.name in _MOVES | _SUMS | _JOINS else 4
 
 
 def _middle_and_error(weight: Any) -> tuple[Any, Any]:
@@ -170,6 +170,7 @@ def _middle_and_error(weight: Any) -> tuple[Any, Any]:
 
 
 def absolute(weight: Any) -> Any:
+    """The sizes of all arrays of a weight."""
     return jax.tree.map(jnp.abs, weight)
 
 
@@ -183,7 +184,8 @@ _MOVES = frozenset(
     reduce_precision
     """.split()
 )
-_SUMS = frozenset("add sub neg select_n concatenate stack pad".split())  # constants join as terms
+_SUMS = frozenset("add sub neg".split())  # constants are terms
+_JOINS = frozenset("select_n concatenate stack pad".split())  # constants are entries
 _SCALES = frozenset("mul div dot_general conv_general_dilated".split())  # constants are factors
 _CASTS = frozenset("convert_element_type reduce_precision stop_gradient copy".split())
 
@@ -224,38 +226,45 @@ def _cast(eqn, values, outward):
     return dataclasses.replace(plane, below=-error, above=error)
 
 
-def _sum(eqn, values, outward):
-    if eqn.name in ("add", "sub", "neg"):
-        signs = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "neg": (-1.0,)}[eqn.name]
-        weights = tuple(signs[i] for i in _bounded(eqn))
+def _add(eqn, values, outward):
+    signs = {"add": (1.0, 1.0), "sub": (1.0, -1.0), "neg": (-1.0,)}[eqn.name]
 
-        def apply(weights, *xs):
-            return functools.reduce(jnp.add, [w * x for w, x in zip(weights, xs, strict=True)])
-    else:
-        if eqn.name == "select_n" and isinstance(values[0], Box):
-            return [_choice(eqn, values, outward)]
-        weights = ()
-        first = 1 if eqn.name == "select_n" else 0  # its predicate is no term
+    def apply(weights, *xs):
+        return functools.reduce(jnp.add, [w * x for w, x in zip(weights, xs, strict=True)])
 
-        def apply(_, *xs):
-            zeros = [
-                v if i < first else jnp.zeros(jnp.shape(lower(v)), xs[0].dtype)
-                for i, v in enumerate(values)
-            ]
-            return eqn.bind(*_with_operands(eqn, zeros, xs))[0]
+    plane = _linear(eqn, apply, tuple(signs[i] for i in _bounded(eqn)))
+    return [_with_offset(eqn, plane, values, outward)]
 
-    plane = _linear(eqn, apply, weights)
+
+def _join(eqn, values, outward):
+    """Entries side by side, constants among them, which are zero in the linear part."""
+    if eqn.name == "select_n" and isinstance(values[0], Box):
+        return [_choice(eqn, values, outward)]
+    first = 1 if eqn.name == "select_n" else 0  # its predicate is no term
+
+    def apply(_, *xs):
+        zeros = [
+            v if i < first else jnp.zeros(jnp.shape(lower(v)), xs[0].dtype)
+            for i, v in enumerate(values)
+        ]
+        return eqn.bind(*_with_operands(eqn, zeros, xs))[0]
+
+    return [_with_offset(eqn, _linear(eqn, apply, ()), values, outward)]
+
+
+def _with_offset(eqn: Equation, plane: Planes, values: Sequence[Value], outward: bool) -> Planes:
+    """The planes with the equation's value where its bounded operands are zero."""
     if len(_bounded(eqn)) == len(eqn.inputs):
-        return [plane]
+        return plane
     at_zero = [
         jnp.zeros_like(lower(v)) if _is_bounded(a) else v
         for a, v in zip(eqn.inputs, values, strict=True)
     ]
     if not outward and not any(isinstance(v, Box) for v in at_zero):
         offset = eqn.bind(*at_zero)[0]
-        return [dataclasses.replace(plane, below=offset, above=offset)]
+        return dataclasses.replace(plane, below=offset, above=offset)
     (box,) = _boxes(eqn, at_zero, outward)
-    return [dataclasses.replace(plane, below=lower(box), above=upper(box))]
+    return dataclasses.replace(plane, below=lower(box), above=upper(box))
 
 
 def _scale(eqn, values, outward):
@@ -323,7 +332,7 @@ CONSTANT = frozenset(
 
 def _constant(eqn, values, outward):
     return [
-        Planes((), lambda _: 0.0, (), (), lower(box), upper(box))
+        Planes((), lambda _: jnp.zeros(()), (), (), lower(box), upper(box))
         for box in _boxes(eqn, values, outward)
     ]
 
@@ -454,6 +463,7 @@ def _one_of(candidates: Array, axes: Sequence[int]) -> Array:
 
 
 PLANES.update(dict.fromkeys(_MOVES, _move))
-PLANES.update(dict.fromkeys(_SUMS, _sum))
+PLANES.update(dict.fromkeys(_SUMS, _add))
+PLANES.update(dict.fromkeys(_JOINS, _join))
 PLANES.update(dict.fromkeys(_SCALES, _scale))
 PLANES["reduce_max"] = _largest

@@ -4,10 +4,11 @@ Boxes come from interval rules, and where a nonlinear function reads a variable,
 caller bounds it with. Planes (`planes.py`) are fitted to the boxes as they stand then.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,14 @@ from jaxcert.bounds.backward import Net
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.expand import Expanded, expand
 from jaxcert.bounds.interpreter import Value, apply_rule, lower, operand, upper
-from jaxcert.bounds.planes import Planes, is_affine, planes_of, products, with_rounding
+from jaxcert.bounds.planes import CONSTANT, Planes, is_affine, planes_of, products, with_rounding
 from jaxcert.bounds.relaxations import LINES
 from jaxcert.graph import Equation, Graph, Var
 from jaxcert.rows import Rows, check
 from jaxcert.sets import Array, Box, InputSet, LinfBall
+
+BoundHidden: TypeAlias = Callable[["Walk", Var], Box]
+"""(walk so far, variable) -> a box of the variable."""
 
 
 class Walk:
@@ -41,13 +45,23 @@ class Walk:
         makers = {out: eqn for eqn in graph.equations for out in eqn.outputs if out.bounded}
         self.net = Net(graph, rows, batch, makers)
         self.region, self.outward = region, outward
-        box = box_of(region, outward)
-        self.dtype = box.lower.dtype
-        self.boxes: dict[Var, Value] = {graph.inputs[0]: box}
-        self.planes: dict[Var, Planes] = {}
-        self.dust: Any = 0.0  # what products flushed to zero can amount to
         self._readers = _count_readers(graph)
-        self._spread = {graph.inputs[0]: 0 if isinstance(region, Box | LinfBall) else 2}
+        self._start()
+
+    def _start(self) -> None:
+        x, box = self.net.input, box_of(self.region, self.outward)
+        self.dtype = box.lower.dtype
+        self.boxes: dict[Var, Value] = {x: box}
+        self.planes: dict[Var, Planes] = {}
+        self.refined: list[Var] = []  # what was bounded by the caller, in order
+        self.dust: Any = 0.0  # what products flushed to zero can amount to
+        self._spread = {x: 0 if isinstance(self.region, Box | LinfBall) else 2}
+
+    def again(self) -> "Walk":
+        """The same walk, not yet run."""
+        fresh = copy.copy(self)
+        fresh._start()
+        return fresh
 
     @property
     def output(self) -> Var:
@@ -57,13 +71,14 @@ class Walk:
             raise ValueError("the model's output does not depend on its input; use ibp")
         return out
 
-    def run(self, bound_hidden: Callable[["Walk", Var], Box] | None) -> None:
+    def run(self, bound_hidden: BoundHidden | None) -> None:
         """Fill in boxes and planes in order of evaluation."""
         for eqn in self.net.graph.equations:
             if eqn.bounded and bound_hidden is not None:
                 for v in self._worth_bounding(eqn):
                     self.boxes[v] = meet(self.boxes[v], bound_hidden(self, v))
                     self._spread[v] = 1
+                    self.refined.append(v)
             values = [operand(self.boxes, a, self.outward) for a in eqn.inputs]
             results = apply_rule(eqn, values, self.outward)
             self.boxes.update(zip(eqn.outputs, results, strict=True))
@@ -160,11 +175,16 @@ _COPYING = frozenset("broadcast_in_dim gather tile dynamic_slice concatenate sta
 
 
 def _spread_after(eqn: Equation, levels: Sequence[int]) -> int:
-    """How far interval bounds of an affine equation's result can be from exact, on a box.
+    """How much tighter than by intervals an equation's result could be bounded by planes.
 
-    0: each entry depends on an input entry of its own. 1: exact, but entries may share input
-    entries, so that sums of them would not be. 2: not exact.
+    0: not at all, and on a box each entry depends on an input entry of its own. 1: not at all, but
+    entries may share input entries, so that sums of them could be. 2: tighter.
+
+    A function of one operand gains nothing: its interval is its range over the operand's box, and
+    its lines, which lie outside of it, meet the same linear bounds of the operand.
     """
+    if eqn.name in LINES or eqn.name in CONSTANT:
+        return 1
     if len(levels) != 1 or not is_affine(eqn):
         return 2
     if eqn.name in _MIXING:

@@ -13,7 +13,7 @@ else reads them: off the map all rows are zero, so whatever is cropped out there
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from jaxcert.bounds.backward import Net, ancestors
 from jaxcert.bounds.concretise import box_of, least
 from jaxcert.bounds.geometry import RESHAPES, Geometry, Span, Window, sizes
 from jaxcert.bounds.planes import Planes
-from jaxcert.graph import Var
+from jaxcert.bounds.products import exact_products
+from jaxcert.graph import Equation, Var
 from jaxcert.sets import Array, Box, InputSet, LinfBall
 
 _CACHE = 2**19  # bytes of rows worked on at a time
@@ -48,7 +49,8 @@ def bounds_by_window(
         if where.overhangs(v) and planes[v].apply is not jnp.multiply:
             crops.add((v, "on the map"), v, _ones(where, v, dtype))
     if net.input in where.windows:
-        region = Box(*jax.tree.leaves(box_of(region, outward))) if _is_box(region) else region
+        if isinstance(region, Box | LinfBall):
+            region = box_of(region, outward)
         for i, leaf in enumerate(jax.tree.leaves(region)):
             crops.add((net.input, i), net.input, leaf)
         if where.overhangs(net.input):
@@ -72,9 +74,8 @@ def bounds_by_window(
             rows, single, plane = on_the_map(v, rows_of.pop(v)), mirrored.pop(v), planes[v]
             if single and not plane.affine:
                 rows, single = jnp.concatenate([rows, -rows]), False
-            cropped = {key: here.get((v, key)) for key in ("lower", "below", "upper", "above")}
-            offset = offset + _offsets(cropped, rows, single)
-            parts = _transposed(net, where, v, plane, cropped, rows)
+            offset = offset + _offsets(here.get((v, "below")), here.get((v, "above")), rows, single)
+            parts = _transposed(net, where, v, plane, here, rows)
             for i, (x, part) in enumerate(zip(plane.operands, parts, strict=True)):
                 part = _embedded(part, where.edges[v, i], where.windows[x], x.shape, position)
                 rows_of[x], mirrored[x] = _added(rows_of, mirrored, x, part, single)
@@ -82,9 +83,10 @@ def bounds_by_window(
             return offset
         rows = on_the_map(net.input, rows_of[net.input])
         rows = jnp.concatenate([rows, -rows]) if mirrored[net.input] else rows
-        leaves, structure = jax.tree.flatten(region)
-        leaves = [here[net.input, i] for i in range(len(leaves))]
-        return least(_one_example(jax.tree.unflatten(structure, leaves)), rows, outward)[:, 0] + offset
+        structure = jax.tree.structure(region)
+        leaves = [here[net.input, i] for i in range(structure.num_leaves)]
+        nearby = _one_example(jax.tree.unflatten(structure, leaves))
+        return least(nearby, rows, outward)[:, 0] + offset
 
     values = _mapped(
         one, where, 2 * count * max(math.prod(sizes(w)) for w in where.windows.values())
@@ -185,10 +187,6 @@ def _ones(where: Geometry, v: Var, dtype: Any) -> Array:
     return jnp.ones(shape, dtype)
 
 
-def _is_box(region: InputSet) -> bool:
-    return isinstance(region, Box | LinfBall)
-
-
 def _one_example(region: InputSet) -> InputSet:
     """A cropped region as one example's."""
     if isinstance(region, Box):
@@ -199,17 +197,15 @@ def _one_example(region: InputSet) -> InputSet:
 # --- One step back, on windows --------------------------------------------------------------------
 
 
-def _offsets(cropped: Mapping[str, Array], rows: Array, single: bool) -> Array:
-    below, above = cropped["below"], cropped["above"]
+def _offsets(below: Array | None, above: Array | None, rows: Array, single: bool) -> Array:
     if below is None and above is None:
         return jnp.zeros((), rows.dtype)
     axes = tuple(range(1, rows.ndim))
     positive, negative = jnp.maximum(rows, 0), jnp.minimum(rows, 0)
 
     def total(a, b):
-        parts = [
-            jnp.where(p == 0, 0, p * t) for p, t in ((positive, a), (negative, b)) if t is not None
-        ]
+        sides = ((positive, a), (negative, b))
+        parts = [jnp.where(p == 0, 0, p * t) for p, t in sides if t is not None]
         return jnp.sum(functools.reduce(jnp.add, parts), axes)
 
     lower = total(below, above)
@@ -217,67 +213,59 @@ def _offsets(cropped: Mapping[str, Array], rows: Array, single: bool) -> Array:
 
 
 def _transposed(
-    net: Net, where: Geometry, v: Var, plane: Planes, cropped: Mapping[str, Array], rows: Array
-) -> list[Array]:
-    eqn, window = net.makers[v], where.windows[v]
+    net: Net, where: Geometry, v: Var, plane: Planes, here: Mapping[Any, Array], rows: Array
+) -> Sequence[Array]:
+    """Rows on v's window as rows on each operand's."""
+    eqn = net.makers[v]
+    shapes = [sizes(where.edges[v, i]) for i in range(len(plane.operands))]
     if not plane.operands:
         return []
-    shapes = [sizes(where.edges[v, i]) for i in range(len(plane.operands))]
     if plane.elementwise:
-        rows = (
-            rows
-            if eqn.name != "reduce_max"
-            else jnp.expand_dims(rows, [1 + a for a in eqn.params["axes"]])
-        )
+        if eqn.name == "reduce_max":
+            rows = jnp.expand_dims(rows, [1 + axis for axis in eqn.params["axes"]])
         if plane.affine:
-            return [rows * cropped["lower"]]
-        return [jnp.maximum(rows, 0) * cropped["lower"] + jnp.minimum(rows, 0) * cropped["upper"]]
+            return [rows * here[v, "lower"]]
+        return [jnp.maximum(rows, 0) * here[v, "lower"] + jnp.minimum(rows, 0) * here[v, "upper"]]
     if eqn.name in RESHAPES:
         return [rows.reshape(len(rows), *shapes[0])]
-    moving = any(a != b for a, b in zip(window, where.edges[v, 0], strict=False))
-    if eqn.name == "pad" and any(s.axis is not None for s in window):
+    apply = _on_window(eqn, plane, where.windows[v], where.edges[v, 0])
+    if apply is None:
         return [rows]
-    if eqn.name == "conv_general_dilated":
-        spatial = eqn.params["dimension_numbers"].out_spec[2:]
-        still = all(window[o].axis is None for o in spatial)
-        padding = eqn.params["padding"] if still else ((0, 0),) * len(spatial)
-        if convolution.has_fast_transpose(eqn):
-            before = [low for low, _ in padding]
-            return [convolution.transposed(eqn, plane.lower, rows, shapes[0], before)]
-        options = {
-            "padding": padding,
-            "precision": lax.Precision.HIGHEST,
-            "preferred_element_type": None,
-        }
-        apply = lambda x: eqn.bind(x, plane.lower, **options)[0]
-        return list(_rows_through(apply, shapes, rows))
-    options = {}
-    if eqn.name == "reduce_window_sum":
-        options = {
-            "padding": tuple(
-                (0, 0) if s.axis is not None else pair
-                for s, pair in zip(window, eqn.params["padding"], strict=True)
-            )
-        }
-        return list(_rows_through(lambda x: eqn.bind(x, **options)[0], shapes, rows))
-    if eqn.name == "slice":
-        strides = eqn.params["strides"] or (1,) * len(window)
-        edge = where.edges[v, 0]
-        limits = tuple(
-            s.size if s.axis is not None else m
-            for s, m in zip(edge, eqn.params["limit_indices"], strict=True)
-        )
-        starts = tuple(
-            0 if s.axis is not None else m
-            for s, m in zip(edge, eqn.params["start_indices"], strict=True)
-        )
-        return list(_rows_through(lambda x: lax.slice(x, starts, limits, strides), shapes, rows))
-    return list(_rows_through(functools.partial(plane.apply, plane.lower), shapes, rows))
-
-
-def _rows_through(apply: Any, shapes: Sequence[Any], rows: Array) -> tuple[Array, ...]:
+    if convolution.has_fast_transpose(eqn):
+        before = [low for low, _ in _padding(eqn, where.windows[v])]
+        return [convolution.transposed(eqn, plane.lower, rows, shapes[0], before)]
     structs = [jax.ShapeDtypeStruct(shape, rows.dtype) for shape in shapes]
     return jax.vmap(jax.linear_transpose(apply, *structs))(rows)
+
+
+def _on_window(
+    eqn: Equation, plane: Planes, window: Window, edge: Window
+) -> Callable[..., Array] | None:
+    """The equation's linear part between windows; None for one that only shifts them."""
+    moves = [s.axis is not None for s in window]
+    if eqn.name == "pad" and any(moves):
+        return None
+    if eqn.name == "conv_general_dilated":
+        options = {**exact_products(True), "padding": _padding(eqn, window)}
+        return lambda x: eqn.bind(x, plane.lower, **options)[0]
+    if eqn.name == "reduce_window_sum":
+        pairs = zip(moves, eqn.params["padding"], strict=True)
+        padding = tuple((0, 0) if moving else pair for moving, pair in pairs)
+        return lambda x: eqn.bind(x, padding=padding)[0]
+    if eqn.name == "slice":
+        p = eqn.params
+        spans = list(zip(edge, p["start_indices"], p["limit_indices"], strict=True))
+        starts = [low if s.axis is None else 0 for s, low, _ in spans]
+        limits = [high if s.axis is None else s.size for s, _, high in spans]
+        return lambda x: lax.slice(x, starts, limits, p["strides"])
+    return functools.partial(plane.apply, plane.lower)
+
+
+def _padding(eqn: Equation, window: Window) -> Sequence[tuple[int, int]]:
+    """A convolution's own padding on a whole map, none on a window."""
+    spatial = eqn.params["dimension_numbers"].out_spec[2:]
+    still = all(window[axis].axis is None for axis in spatial)
+    return eqn.params["padding"] if still else ((0, 0),) * len(spatial)
 
 
 def _added(rows_of: Any, mirrored: Any, x: Var, part: Array, single: bool) -> tuple[Array, bool]:
