@@ -43,9 +43,10 @@ def data(request):
 def registered_rules():
     """A rule that a test or an example registers is gone after it."""
     from jaxcert.bounds.interpreter import RULES
+    from jaxcert.bounds.planes import PLANES
     from jaxcert.rows import FOLLOW
 
-    tables = [(table, dict(table)) for table in (RULES, FOLLOW)]
+    tables = [(table, dict(table)) for table in (RULES, FOLLOW, PLANES)]
     yield
     for table, before in tables:
         table.clear()

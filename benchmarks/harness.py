@@ -5,28 +5,38 @@ its figures. Cases alternate within one run, so that what does move them moves a
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import shlex
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+SLOW = 1.0  # a peer's call of so many seconds is made once, not three times in every round
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark's command line has: --quick and --json PATH."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
+    options.add_argument("--json", metavar="PATH", help="also write the results there")
+    return options
+
+
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line of a benchmark: --quick and --json PATH."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
-    parser.add_argument("--json", metavar="PATH", help="also write the results there")
-    return parser.parse_args()
+    """The command line of a benchmark without options of its own."""
+    return parser(description).parse_args()
 
 
 def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -42,9 +52,93 @@ def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
     return seconds
 
 
+def sample(run: Callable[[], Any], least: float = 0.02) -> float:
+    """CPU seconds of a call, the mean of as many as fill `least` seconds."""
+    start, calls, seconds = time.process_time(), 0, 0.0
+    while seconds < least:
+        jax.block_until_ready(run())
+        calls, seconds = calls + 1, time.process_time() - start
+    return seconds / calls
+
+
+def race(
+    runs: Mapping[str, Callable[[], Any]], turns: Mapping[str, Sequence["Turns"]], rounds: int
+) -> dict[str, float]:
+    """Median CPU seconds a call of ours; after each case, peers take their turns at the same."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(sample(run))
+            for turn in turns.get(name, ()):
+                turn.take()
+    return {name: median(values) for name, values in seconds.items()}
+
+
 def median(seconds: Sequence[float]) -> float:
     """The middle one: robust against a neighbour's burst, and unlike the best not flattering."""
     return statistics.median(seconds)
+
+
+class Peer:
+    """Another library's process, from NAME=COMMAND.
+
+    It answers each line of JSON, a request with "repeats" in it, with a line {"cpu_s": CPU seconds
+    of the fastest repeat, after one that does not count; "mean_width": of the bounds}, or
+    {"error": reason}. It ends on {"cmd": "quit"} or at the end of its input.
+    """
+
+    def __init__(self, option: str):
+        self.name, _, command = option.partition("=")
+        if not command:
+            raise SystemExit(f"--peer takes NAME=COMMAND, got {option!r}")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(shlex.split(command), text=True, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a request, {"error": ...} from a process that ended."""
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            return {"error": "the process ended"}
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else {"error": "the process ended"}
+
+
+class Turns:
+    """A peer's turns at one request: its best call of each round."""
+
+    def __init__(self, peer: Peer, request: Mapping[str, Any]):
+        self.peer, self.request = peer, request
+        self.seconds: list[float] = []
+        self.width = math.nan
+        self.error: str | None = None
+
+    def take(self) -> None:
+        """One round; a peer that cannot is not asked again, a slow one is asked once."""
+        if self.error is None and not self.seconds:
+            self._ask(1)
+            if self.error is None and self.seconds[0] <= SLOW:
+                self.seconds.clear()
+        if self.error is None and (not self.seconds or self.seconds[-1] <= SLOW):
+            self._ask(3)
+
+    def _ask(self, repeats: int) -> None:
+        reply = self.peer.ask({**self.request, "repeats": repeats})
+        self.error = reply.get("error")
+        if self.error is None:
+            self.seconds.append(reply["cpu_s"])
+            self.width = reply["mean_width"]
 
 
 def report(title: str, rows: Mapping[str, float], unit: str) -> None:

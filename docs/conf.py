@@ -1,6 +1,8 @@
 """Sphinx: `sphinx-build -W docs docs/_build` after `pip install -e ".[docs]"`."""
 
+import pathlib
 import re
+import runpy
 
 import jaxcert
 
@@ -11,6 +13,11 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
+# The table of rules on the page on bounds, from the rules themselves.
+_coverage = runpy.run_path(str(pathlib.Path(__file__).with_name("coverage.py")))
+myst_enable_extensions = ["substitution"]
+myst_substitutions = {"coverage": _coverage["table"](), "legend": _coverage["LEGEND"]}
+del _coverage
 suppress_warnings = ["myst.xref_missing"]
 exclude_patterns = ["_build"]
 html_theme = "alabaster"

@@ -12,7 +12,10 @@ NAMES = {
         MixedRows Reason RecordMismatch Spec StatefulModel Status UnsupportedEquation Verdict
         explain margins
     """,
-    jaxcert.bounds: "Bound Method certify ibp register",
+    jaxcert.bounds: """
+        Bound LinearBounds Method alpha_crown certified_radius certify crown crown_ibp
+        forward_linear hidden_bounds ibp linear_bounds register
+    """,
     jaxcert.smoothing: """
         Gaussian Noise SmoothingPlan certify clopper_pearson_lower predict
     """,

@@ -49,17 +49,18 @@ class Net:
 
     def outer_and_inner(self, v: Var) -> tuple[int, int]:
         """v's shape in row-major order as (outer, batch, inner)."""
-        place, size = self.rows[v], math.prod(v.shape)
+        size = math.prod(v.shape)
         if self.batch == 1:
             return size, 1
+        place = self.rows[v]
         outer = math.prod(v.shape[: place.axis]) * place.outer
         return outer, size // max(1, outer * self.batch)
 
     def thin_shape(self, v: Var) -> tuple[int, ...] | None:
         """v's shape for one example, if examples lie along an axis of their own."""
-        place = self.rows[v]
         if self.batch == 1:
             return v.shape
+        place = self.rows[v]
         if place.outer != 1 or v.shape[place.axis] != self.batch:
             return None
         return (*v.shape[: place.axis], 1, *v.shape[place.axis + 1 :])
@@ -152,8 +153,8 @@ def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
 
     def total(a: Array | None, b: Array | None) -> Array:  # of positive a + negative b
         if a is b:
-            return net.per_example(_scaled(form.rows, a), v)
-        parts = [_scaled(p, t) for p, t in ((positive, a), (negative, b)) if t is not None]
+            return net.per_example(scaled(form.rows, a), v)
+        parts = [scaled(p, t) for p, t in ((positive, a), (negative, b)) if t is not None]
         return net.per_example(functools.reduce(jnp.add, parts), v)
 
     below = total(plane.below, plane.above)
@@ -162,9 +163,9 @@ def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
     return jnp.concatenate([below, -total(plane.above, plane.below)])
 
 
-def _scaled(rows: Array, offset: Any) -> Array:
-    """rows times an offset; where a row is zero, an unknown or infinite offset does not matter."""
-    return jnp.where(rows == 0, 0, rows * offset)
+def scaled(rows: Array, offset: Any) -> Array:
+    """rows times an offset. Where a row is zero an infinite one does not matter; NaN always does."""
+    return jnp.where((rows == 0) & ~jnp.isnan(offset), 0, rows * offset)
 
 
 _RESHAPES = frozenset(["reshape", "squeeze", "expand_dims"])  # their transposes are reshapes

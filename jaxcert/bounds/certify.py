@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.interval import ibp
 from jaxcert.bounds.linear import crown
+from jaxcert.bounds.planes import PLANES
 from jaxcert.bounds.transform import Method
 from jaxcert.certificate import Certificate, Reason, Status, Verdict, issue, predicted_class
 from jaxcert.floats import ieee_float64
@@ -62,7 +63,7 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
     prediction = _predict(structure, arrays, centre)
     # Called inside of the block: float64 inputs reach the proof whole, and transformations that
     # replay the compiled program (vmap of jit) do so in float64.
-    setting = _Setting(structure, method, k, uses_float64(), tuple(RULES.items()))
+    setting = _Setting(structure, method, k, uses_float64(), _rules())
     with jax.enable_x64(True):
         robust = _proved(setting, *ieee_float64((arrays, region, prediction)))
     if isinstance(region, Box):
@@ -118,7 +119,7 @@ def certified_radius(
     k = _classes(f, region.x)
     arrays, structure = split(f, region.x)
     prediction = _predict(structure, arrays, region.x)
-    setting = _Setting(structure, method, k, uses_float64(), tuple(RULES.items()))
+    setting = _Setting(structure, method, k, uses_float64(), _rules())
     with jax.enable_x64(True):
         radius = _bisect(setting, steps, *ieee_float64((arrays, region, prediction)))
     return issue(prediction, radius, norm=region.norm, within=region.valid)
@@ -147,6 +148,10 @@ def _classes(f: Model, x: Array) -> int:
     if k < 2:
         raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
     return k
+
+
+def _rules() -> tuple[Any, ...]:
+    return (*RULES.items(), *PLANES.items())
 
 
 @functools.partial(jax.jit, static_argnums=0)

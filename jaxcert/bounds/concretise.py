@@ -57,9 +57,12 @@ def least(region: InputSet, rows: Array, outward: bool) -> Array:
 def _dual_norm(rows: Array, region: InputSet, axes: tuple[int, ...]) -> Array:
     if isinstance(region, L1Ball):
         return jnp.max(jnp.abs(rows), axes)
-    squares = jnp.sum(jnp.square(rows), axes)
-    positive = squares > 0  # the root has no derivative at zero
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    # In units of the largest entry, or squares of small ones would vanish.
+    unit = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axes, keepdims=True))
+    positive = unit != 0  # the root has no derivative at zero
+    squares = jnp.sum(jnp.square(rows / jnp.where(positive, unit, 1.0)), axes)
+    unit, positive = jnp.squeeze(unit, axes), jnp.squeeze(positive, axes)
+    return unit * jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
 
 
 def _least_over_cut(region: L2Ball | L1Ball, rows: Array, box: Box, outward: bool) -> Array:
@@ -94,6 +97,10 @@ def _least_over_cut(region: L2Ball | L1Ball, rows: Array, box: Box, outward: boo
 
     _, t = jax.lax.fori_loop(0, _STEPS, halve, (jnp.zeros_like(top), top))
     t = jax.lax.stop_gradient(jnp.maximum(t, tiny))
+    if not quadratic:  # the best t is the size of an entry, and moves with it
+        near = t * (1 + 8 * float(jnp.finfo(rows.dtype).eps))
+        sizes = jnp.where(jnp.abs(rows) <= near, jnp.abs(rows), 0.0)
+        t = jnp.maximum(jnp.max(sizes, axes, keepdims=True), tiny)
     d = jax.lax.stop_gradient(minimiser(t)) if not quadratic else minimiser(t)
     value = rows * d + t * (jnp.square(d) / 2 if quadratic else jnp.abs(d))
     total = jnp.sum(value, axes) + jnp.sum(rows * region.x, axes) - jnp.squeeze(t * budget, axes)

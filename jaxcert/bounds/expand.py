@@ -119,7 +119,7 @@ def _clamp(eqn):
     bounded = _bounded(eqn)
     if bounded == [False, True, False]:
         return None
-    return lambda low, x, high: jnp.minimum(jnp.maximum(x, low), high)
+    return lambda low, x, high: _minimum(_maximum(x, low), high)
 
 
 def _differences(x, axis):
@@ -177,6 +177,11 @@ def _window_maximum(eqn):
     return f
 
 
+def _window_minimum(eqn):
+    largest = _window_maximum(eqn)
+    return None if largest is None else lambda x: -largest(-x)
+
+
 _REWRITES: dict[str, Callable[[Equation], Callable[..., Any] | None]] = {
     "max": _if_all_bounded(_maximum),
     "min": _if_all_bounded(_minimum),
@@ -188,7 +193,8 @@ _REWRITES: dict[str, Callable[[Equation], Callable[..., Any] | None]] = {
     "variance": _variance,
     "reduce_min": lambda eqn: lambda x: -jnp.max(-x, eqn.params["axes"]),
     "reduce_window_max": _window_maximum,
+    "reduce_window_min": _window_minimum,
 }
 
 # Where bounding the operand is better, or cheaper, than bounding what the expansion makes of it.
-_BOUND_OPERANDS = frozenset(["softmax", "log_softmax", "reduce_window_max"])
+_BOUND_OPERANDS = frozenset(["softmax", "log_softmax", "reduce_window_max", "reduce_window_min"])

@@ -13,7 +13,7 @@ at every point, so the functions' coefficients and constants move like intervals
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import entries
 from jaxcert.bounds.concretise import box_of, least
 from jaxcert.bounds.hidden import with_dust
+from jaxcert.bounds.interval import interval_bounds
 from jaxcert.bounds.last_layer import spec_matrix
-from jaxcert.bounds.linear import shifted
+from jaxcert.bounds.linear import depends_on_input, shifted
 from jaxcert.bounds.planes import Planes, absolute
 from jaxcert.bounds.transform import Bound, transform
 from jaxcert.bounds.walk import Walk, meet
@@ -54,17 +55,20 @@ def forward_linear(f: Model, *, outward: bool = False) -> Bound:
 
 def _bound(
     graph: Graph,
-    rows: Mapping[Var, Rows],
+    rows: dict[Var, Rows],
     region: InputSet,
     spec: Spec | None,
     outward: bool,
 ) -> Box:
+    known = interval_bounds(graph, rows, region, spec, outward)
+    if not depends_on_input(graph):
+        return known
     walk = Walk(graph, rows, region, outward)
     functions = _Functions(walk)
     walk.run(functions.box)
     out = walk.output
     if spec is None:
-        return meet(walk.boxes[out], functions.box(walk, out))
+        return meet(known, meet(walk.boxes[out], functions.box(walk, out)))
     if len(out.shape) != 2:
         raise ValueError(f"a spec needs a model with outputs (b, k), got {out.shape}")
     matrix = spec_matrix(spec, *out.shape, walk.dtype)
@@ -72,8 +76,10 @@ def _bound(
     def apply(c, y):
         return jnp.sum(c * y[:, None, :], 2)
 
+    functions.of(out)
     pair = functions.through(Planes((out,), apply, matrix, matrix))
-    return shifted(walk, spec, functions.concretised(pair, lambda a: jnp.moveaxis(a, 2, 0)))
+    box = functions.concretised(pair, jnp.transpose)
+    return meet(known, shifted(walk, spec, box))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class _Functions:
     def __init__(self, walk: Walk):
         self.walk = walk
         x = walk.net.input
-        b, *shape = x.shape
+        shape = x.shape[1:]
         self.d = math.prod(shape)
         unit = jnp.eye(self.d, dtype=walk.dtype).reshape(self.d, 1, *shape)
         unit = jnp.broadcast_to(unit, (self.d, *x.shape))
@@ -124,6 +130,9 @@ class _Functions:
 
     def _side(self, plane, weight, offset, operands, sign) -> Array:
         centres = [p.lower if p.lower is p.upper else (p.lower + p.upper) / 2 for p in operands]
+        if not operands:
+            zeros = jnp.zeros((self.d + 1, *jnp.shape(offset)), self.walk.dtype)
+            return zeros.at[-1].set(offset)
         result = self._mapped(plane, weight, centres)
         if any(p.lower is not p.upper for p in operands):
             radii = [(p.upper - p.lower) / 2 for p in operands]
@@ -136,8 +145,6 @@ class _Functions:
 
     def _mapped(self, plane: Planes, weight: Any, parts: Sequence[Array]) -> Array:
         """The linear part on each coefficient and on the constant."""
-        if not parts:
-            return jnp.zeros((self.d + 1, 1), self.walk.dtype)
         return jax.vmap(functools.partial(plane.apply, weight))(*parts)
 
     def _slack(self, plane: Planes, weight: Any, offset: Any, operands: Sequence[_Pair]) -> Array:

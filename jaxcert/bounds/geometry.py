@@ -80,8 +80,11 @@ def geometry(net: Net, planes: Mapping[Var, Planes], start: Var) -> Geometry | N
     )
     windows, edges = {start: window}, {}
     for v in ancestors(net, planes, start):
-        windows[v] = _unless_too_large(frame, v, windows[v])
+        if v is not start:
+            windows[v] = _unless_too_large(frame, v, windows[v])
         needed = _operand_windows(frame, v, planes[v], windows[v])
+        if needed is None and v is start:
+            return None
         if needed is None:
             whole = frame.whole(v)
             needed = None if whole is None else _operand_windows(frame, v, planes[v], whole)
@@ -164,6 +167,8 @@ def _operand_windows(frame: _Frame, v: Var, plane: Planes, window: Window) -> li
     eqn, operands = frame.net.makers[v], plane.operands
     if not operands:
         return []
+    if not (plane.affine or plane.elementwise):  # a product of two: its weights are of no shape
+        return None
     name, p, shapes = eqn.name, eqn.params, [x.shape for x in operands]
     if name in _ELEMENTWISE and all(shape == v.shape for shape in shapes):
         return [window] * len(operands)

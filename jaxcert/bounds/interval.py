@@ -13,6 +13,7 @@ from jaxcert.bounds import functions, products, rules  # noqa: F401  (they fill 
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.interpreter import define, lower, output, upper
 from jaxcert.bounds.last_layer import with_spec
+from jaxcert.bounds.planes import PLANES
 from jaxcert.bounds.transform import Bound, transform
 from jaxcert.graph import Graph, Var
 from jaxcert.model import Model
@@ -49,11 +50,16 @@ def ibp(f: Model, *, outward: bool = False) -> Bound:
       [[0.75 0.  ]] [[2.25 2.5 ]]
     """
 
-    return transform(f, outward, _propagate)
+    return transform(f, outward, interval_bounds)
 
 
-def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axes) -> None:
-    """Teach `ibp` a primitive, or replace its rule.
+def register(
+    primitive: str,
+    rule: Callable[..., Any],
+    follow: Follow = same_axes,
+    planes: Callable[..., Any] | None = None,
+) -> None:
+    """Teach `ibp`, and with `planes` the linear methods, a primitive, or replace its rule.
 
     Args:
       primitive: its name as the error message gives it.
@@ -62,6 +68,9 @@ def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axe
         primitive, `equation.params` are its parameters. With `outward` the box must contain the
         exact result, rounding included (`rounding.widen`).
       follow: how the primitive moves the batch axis; the default is for elementwise ones.
+      planes: `(equation, values, outward) -> [Planes]`, one for each output, affine functions below
+        and above it on the boxes of its operands (`jaxcert.bounds.planes`);
+        `jaxcert.bounds.planes.constant` takes the ends of the rule's box.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,11 +88,14 @@ def register(primitive: str, rule: Callable[..., Any], follow: Follow = same_axe
     """
     define(primitive, rule)
     FOLLOW[primitive] = follow
+    if planes is not None:
+        PLANES[primitive] = planes
 
 
-def _propagate(
+def interval_bounds(
     graph: Graph, rows: dict[Var, Rows], region: InputSet, spec: Spec | None, outward: bool
 ) -> Box:
+    """Interval bounds on the output of a graph, or on a spec's rows."""
     box = box_of(region, outward)
     if spec is not None:
         return with_spec(graph, rows, box, spec, outward)

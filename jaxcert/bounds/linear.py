@@ -11,7 +11,7 @@ functions", NeurIPS 2018).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import Form, entries, pull_back, unit_rows
 from jaxcert.bounds.hidden import concretised, refined, refined_where_unsure, with_dust
-from jaxcert.bounds.interval import ibp
+from jaxcert.bounds.interval import ibp, interval_bounds
 from jaxcert.bounds.last_layer import spec_matrix
 from jaxcert.bounds.transform import Bound, Method, transform
 from jaxcert.bounds.walk import BoundHidden, Walk, meet
@@ -40,8 +40,7 @@ def crown(
     """Linear bounds of f: for every x in the region, lower <= C f(x) + d <= upper.
 
     Every hidden value that a nonlinear function reads is bounded by linear bounds itself, which is
-    quadratic in the depth and much tighter than `crown_ibp`, let alone `ibp`; never looser than
-    either.
+    quadratic in the depth and as a rule much tighter than `crown_ibp`; never looser than `ibp`.
 
     Args:
       f: the model, (b, *input) -> (b, *out) with independent rows.
@@ -51,7 +50,7 @@ def crown(
         example, those that reach furthest to both sides of zero; the others keep interval bounds,
         which costs a relu network nothing where their sign is decided.
       chunk: how many rows of coefficients are held at a time; by default as many as fit 1 MiB on a
-        CPU and 256 MiB elsewhere. Memory is about 2 chunk b m numbers for the widest hidden value m.
+        CPU and 256 MiB elsewhere. They take up 2 chunk b m numbers for the widest hidden value m.
 
     Returns:
       A function `(region, spec=None) -> Box` of shape (b, *out), or (b, s) with a spec. The region
@@ -76,8 +75,7 @@ def crown(
 def crown_ibp(f: Model, *, outward: bool = False, hidden: Sequence[Box] | None = None) -> Bound:
     """Linear bounds of f with interval bounds for the hidden layers: cheap enough for training.
 
-    Arguments, results and errors as for `crown`; never looser than the interval bounds of the
-    output.
+    Arguments, results and errors as for `crown`; never looser than `ibp`.
 
     Args:
       f, outward: as for `crown`.
@@ -201,20 +199,29 @@ def _known(walk: Walk, v: Var, boxes: Sequence[Box]) -> Box:
 
 def _bound(
     graph: Graph,
-    rows: Mapping[Var, Rows],
+    rows: dict[Var, Rows],
     region: InputSet,
     spec: Spec | None,
     outward: bool,
     *,
     hidden: BoundHidden | None,
 ) -> Box:
+    known = interval_bounds(graph, rows, region, spec, outward)
+    if not depends_on_input(graph):
+        return known
     walk = Walk(graph, rows, region, outward)
     walk.run(hidden)
     if spec is None:
-        return meet(walk.boxes[walk.output], refined(walk, walk.output))
+        return meet(known, meet(walk.boxes[walk.output], refined(walk, walk.output)))
     goal = Goal(walk, spec)
     low, high = concretised(walk, walk.output, goal.form, walk.planes)
-    return shifted(walk, spec, Box(low.T, high.T))
+    return meet(known, shifted(walk, spec, Box(low.T, high.T)))
+
+
+def depends_on_input(graph: Graph) -> bool:
+    """Whether there is anything to pull back."""
+    out = graph.outputs[0]
+    return isinstance(out, Var) and out.bounded
 
 
 class Goal:

@@ -74,8 +74,12 @@ def planes_of(eqn: Equation, values: Sequence[Value], outward: bool) -> list[Pla
     if eqn.name in LINES:
         return _from_lines(eqn, values, outward)
     if eqn.name in CONSTANT:
-        return _constant(eqn, values, outward)
-    raise unsupported(eqn, "crown", "use ibp, or register a rule: jaxcert.bounds.register")
+        return constant(eqn, values, outward)
+    hint = (
+        "use ibp, or register planes for it: "
+        f"jaxcert.bounds.register('{eqn.name}', rule, planes=jaxcert.bounds.planes.constant)"
+    )
+    raise unsupported(eqn, "linear bound propagation", hint)
 
 
 def is_affine(eqn: Equation) -> bool:
@@ -84,7 +88,7 @@ def is_affine(eqn: Equation) -> bool:
         return len(_bounded(eqn)) == 1 and (eqn.name != "div" or _bounded(eqn)[0] == 0)
     if eqn.name == "select_n":
         return not _is_bounded(eqn.inputs[0])
-    return eqn.name in _MOVES | _SUMS | _JOINS
+    return eqn.name in _MOVES | _SUMS | _JOINS and eqn.inputs[0].dtype != jnp.bool_
 
 
 def _is_bounded(atom: Any) -> bool:
@@ -179,7 +183,7 @@ def absolute(weight: Any) -> Any:
 # Entries move, or are added up; further operands are indices.
 _MOVES = frozenset(
     """
-    reshape squeeze expand_dims broadcast_in_dim transpose slice dynamic_slice rev gather tile split
+    reshape squeeze broadcast_in_dim transpose slice dynamic_slice rev gather tile split
     unstack stop_gradient copy reduce_sum reduce_window_sum cumsum convert_element_type
     reduce_precision
     """.split()
@@ -199,6 +203,8 @@ def _with_operands(eqn: Equation, constants: Sequence[Any], xs: Sequence[Array])
 
 
 def _move(eqn, values, outward):
+    if eqn.inputs[0].dtype == jnp.bool_:
+        return constant(eqn, values, outward)
     if eqn.name in _CASTS:
         return [_cast(eqn, values, outward)]
 
@@ -330,7 +336,8 @@ CONSTANT = frozenset(
 )
 
 
-def _constant(eqn, values, outward):
+def constant(eqn: Equation, values: Sequence[Value], outward: bool) -> list[Planes]:
+    """The ends of the interval rule's box as planes without a slope."""
     return [
         Planes((), lambda _: jnp.zeros(()), (), (), lower(box), upper(box))
         for box in _boxes(eqn, values, outward)
@@ -450,7 +457,7 @@ def _largest(eqn, values, outward):
     def apply(w, x):
         return jnp.sum(w * x, axes)
 
-    return [Planes(_operands(eqn), apply, chosen.astype(l.dtype), weight, None, above, True)]
+    return [Planes(_operands(eqn), apply, chosen.astype(l.dtype), weight, 0 * above, above, True)]
 
 
 def _one_of(candidates: Array, axes: Sequence[int]) -> Array:

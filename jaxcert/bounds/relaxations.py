@@ -85,7 +85,9 @@ def lines(eqn: Equation, values: Sequence[Value], outward: bool) -> Lines:
 def _place(eqn: Equation) -> int:
     places = [i for i, atom in enumerate(eqn.inputs) if isinstance(atom, Var) and atom.bounded]
     if len(places) != 1:
-        raise unsupported(eqn, "crown", "one operand may depend on the input; use ibp")
+        raise unsupported(
+            eqn, "linear bound propagation", "one operand may depend on the input; use ibp"
+        )
     return places[0]
 
 
@@ -433,7 +435,7 @@ LINES["hard_swish"] = Curve(
 
 def _clamp(eqn, values, outward):
     if _place(eqn) != 1:
-        raise unsupported(eqn, "crown", "clamp the input between constants")
+        raise unsupported(eqn, "linear bound propagation", "clamp the input between constants")
 
     def slope(x, low, high):
         return ((low <= x) & (x <= high)).astype(x.dtype)
@@ -455,7 +457,7 @@ def _elu(eqn, values, outward):
 def _integer_pow(eqn, values, outward):
     n = eqn.params["y"]
     if abs(n) > 1024:  # the derivative's error would exceed that of a curve
-        raise unsupported(eqn, "crown", "use exponents up to 1024")
+        raise unsupported(eqn, "linear bound propagation", "use exponents up to 1024")
     bends = S_REVERSED if n % 2 else CONVEX
     return Curve(lambda x: n * lax.integer_pow(x, n - 1), bends)(eqn, values, outward)
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxcert.bounds.backward import ancestors
 from jaxcert.bounds.hidden import least_values, refined, with_dust
 from jaxcert.bounds.interpreter import operand
-from jaxcert.bounds.linear import Goal, Hidden, bounder, crown
+from jaxcert.bounds.interval import interval_bounds
+from jaxcert.bounds.linear import Goal, Hidden, bounder, crown, depends_on_input
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import LINES, lines
 from jaxcert.bounds.rounding import UNIT
@@ -50,7 +51,8 @@ def alpha_crown(
     optimiser: Any = None,
     chunk: int | None = None,
 ) -> Bound:
-    """Linear bounds of f with optimised slopes; never looser than those of `hidden`.
+    """Linear bounds of f with optimised slopes; never looser than `crown` with the same hidden
+    bounds.
 
     Args:
       f, outward, chunk: as for `crown`.
@@ -83,13 +85,16 @@ def alpha_crown(
 
 def _bound(
     graph: Graph,
-    rows: Mapping[Var, Rows],
+    rows: dict[Var, Rows],
     region: InputSet,
     spec: Spec | None,
     outward: bool,
     *,
     options: _Options,
 ) -> Box:
+    known = interval_bounds(graph, rows, region, spec, outward)
+    if not depends_on_input(graph):
+        return known
     walk = Walk(graph, rows, region, outward)
     walk.run(options.bound)
     goal = Goal(walk, spec)
@@ -104,7 +109,7 @@ def _bound(
     best = _best(values, _zeros(walk, free, (2 * len(goal.form.rows),)), options, options.steps)
     half = len(best) // 2
     box = goal.shaped(with_dust(walk, Box(best[:half].T, -best[half:].T)))
-    return box if spec is not None else meet(walk.boxes[walk.output], box)
+    return meet(known, box if spec is not None else meet(walk.boxes[walk.output], box))
 
 
 def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Walk:
@@ -238,13 +243,15 @@ def _free_lines(walk: Walk) -> dict[Var, _Free]:
 
 
 def _sizes(plane: Planes, size: Array) -> Array:
-    assert plane.below is not None and plane.above is not None
+    assert plane.below is not None
+    assert plane.above is not None
     slopes = jnp.abs(plane.lower) + jnp.abs(plane.upper)
     return slopes * size + jnp.abs(plane.below) + jnp.abs(plane.above)
 
 
 def _other_lines(walk: Walk, v: Var, eqn: Equation, first: Planes) -> dict[str, Any]:
-    assert first.below is not None and first.above is not None
+    assert first.below is not None
+    assert first.above is not None
     box = walk.boxes[v]
     zero = jnp.zeros_like(box.lower)
     flat = {"lower": zero, "below": box.lower, "upper": zero, "above": box.upper}

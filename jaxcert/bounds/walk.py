@@ -19,6 +19,7 @@ from jaxcert.bounds.expand import Expanded, expand
 from jaxcert.bounds.interpreter import Value, apply_rule, lower, operand, upper
 from jaxcert.bounds.planes import CONSTANT, Planes, is_affine, planes_of, products, with_rounding
 from jaxcert.bounds.relaxations import LINES
+from jaxcert.bounds.rules import unless
 from jaxcert.graph import Equation, Graph, Var
 from jaxcert.rows import Rows, check
 from jaxcert.sets import Array, Box, InputSet, LinfBall
@@ -102,7 +103,8 @@ class Walk:
         eqn = self.expanded.originals[out]
         values = [operand(self.boxes, a, self.outward) for a in eqn.inputs]
         (known,) = apply_rule(eqn, values, self.outward)
-        self.boxes[out] = meet(self.boxes[out], known)
+        unknown = jnp.isnan(known.lower) | jnp.isnan(known.upper)
+        self.boxes[out] = unless(unknown, meet(self.boxes[out], known))
 
     def _add_planes(self, eqn: Equation, values: Sequence[Value]) -> None:
         level = _spread_after(eqn, [self._spread[a] for a in _bounded(eqn)])
@@ -113,6 +115,8 @@ class Walk:
         for out, plane in zip(eqn.outputs, found, strict=True):
             if eqn.name in LINES:
                 plane = or_constant(plane, self.boxes[out])
+            if out in self.expanded.originals:
+                plane = _unknown_with(plane, self.boxes[out])
             self.planes[out] = self.counted(eqn, plane) if self.outward else plane
 
     def counted(self, eqn: Equation, plane: Planes) -> Planes:
@@ -130,6 +134,13 @@ class Walk:
         return with_rounding(plane, eqn, sizes, uses, terms)
 
 
+def _unknown_with(plane: Planes, box: Box) -> Planes:
+    """The plane, unknown (NaN) where its variable is."""
+    unknown = jnp.where(jnp.isnan(box.lower), jnp.nan, 0.0)
+    offsets = [0.0 if t is None else t for t in (plane.below, plane.above)]
+    return dataclasses.replace(plane, below=offsets[0] + unknown, above=offsets[1] + unknown)
+
+
 def _unless_mask(size: Array) -> Array:
     """Sizes, but for numbers that stand for minus infinity in a mask."""
     return jnp.where(size >= 2.0**900, 0, size)
@@ -137,7 +148,8 @@ def _unless_mask(size: Array) -> Array:
 
 def or_constant(plane: Planes, box: Box) -> Planes:
     """The planes, or the ends of the box where a plane is not finite."""
-    assert plane.below is not None and plane.above is not None
+    assert plane.below is not None
+    assert plane.above is not None
     sides = []
     for weight, offset, end in (
         (plane.lower, plane.below, box.lower),

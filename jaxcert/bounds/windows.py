@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcert.bounds import convolution
-from jaxcert.bounds.backward import Net, ancestors
+from jaxcert.bounds.backward import Net, ancestors, scaled
 from jaxcert.bounds.concretise import box_of, least
 from jaxcert.bounds.geometry import RESHAPES, Geometry, Span, Window, sizes
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.products import exact_products
 from jaxcert.graph import Equation, Var
-from jaxcert.sets import Array, Box, InputSet, LinfBall
+from jaxcert.sets import Array, Box, InputSet, LinfBall, per_example
 
 _CACHE = 2**19  # bytes of rows worked on at a time
 
@@ -49,10 +49,10 @@ def bounds_by_window(
         if where.overhangs(v) and planes[v].apply is not jnp.multiply:
             crops.add((v, "on the map"), v, _ones(where, v, dtype))
     if net.input in where.windows:
-        if isinstance(region, Box | LinfBall):
-            region = box_of(region, outward)
+        region = _spread_out(region, outward)
         for i, leaf in enumerate(jax.tree.leaves(region)):
-            crops.add((net.input, i), net.input, leaf)
+            edge = _of_the_example(where.windows[net.input]) if leaf is eps_of(region) else None
+            crops.add((net.input, i), net.input, leaf, edge)
         if where.overhangs(net.input):
             crops.add((net.input, "on the map"), net.input, _ones(where, net.input, dtype))
     crops.close()
@@ -133,9 +133,10 @@ class _Crops:
         """Have `key` stand for the part of an array that is in v's window."""
         window = window or self.where.windows[v]
         array = jnp.asarray(array)
-        if array.ndim == 1:  # one per example
-            array = array.reshape(-1, *[1] * (len(window) - 1))
         array = array.reshape((1,) * (len(window) - array.ndim) + array.shape)
+        # An axis of size 1 may stand for any size: then it is not cut, and the span stands still.
+        pairs = zip(window, array.shape, v.shape, strict=True)
+        window = tuple(Span(0, 1) if m == 1 != size else s for s, m, size in pairs)
         self._parts.setdefault((window, array.shape, array.dtype), []).append((key, array))
 
     def close(self) -> None:
@@ -143,7 +144,7 @@ class _Crops:
         for (window, shape, _), parts in self._parts.items():
             pads, moved = [(0, 0, 0)], []
             for span, m in zip(window, shape, strict=True):
-                if span.axis is None or m == 1:  # an axis of size 1 stands for any size
+                if span.axis is None:
                     pads.append((0, 0, 0))
                     moved.append(Span(0, m))
                     continue
@@ -175,9 +176,9 @@ def _add_planes(crops: _Crops, where: Geometry, v: Var, plane: Planes) -> None:
     if plane.elementwise:
         same = plane.operands[0].shape == v.shape
         window = where.windows[v] if same else where.edges[v, 0]
-        crops.add((v, "lower"), v, plane.lower, window)
+        crops.add((v, "lower"), plane.operands[0], plane.lower, window)
         if not plane.affine:
-            crops.add((v, "upper"), v, plane.upper, window)
+            crops.add((v, "upper"), plane.operands[0], plane.upper, window)
 
 
 def _ones(where: Geometry, v: Var, dtype: Any) -> Array:
@@ -185,6 +186,29 @@ def _ones(where: Geometry, v: Var, dtype: Any) -> Array:
     window = where.windows[v]
     shape = [1 if s.axis is None else m for s, m in zip(window, v.shape, strict=True)]
     return jnp.ones(shape, dtype)
+
+
+def _spread_out(region: InputSet, outward: bool) -> InputSet:
+    """The region with arrays of the input's shape, so that off the map it is the point 0."""
+    if isinstance(region, Box | LinfBall):
+        return box_of(region, outward)
+    valid = region.valid
+    if valid is not None:
+        valid = Box(*[jnp.broadcast_to(end, region.x.shape) for end in (valid.lower, valid.upper)])
+    eps = jnp.asarray(region.eps)
+    if eps.ndim:
+        eps = per_example(eps, region.x)
+    return dataclasses.replace(region, eps=eps, valid=valid)
+
+
+def eps_of(region: InputSet) -> Any:
+    """The radius of a ball; nothing for a box."""
+    return None if isinstance(region, Box) else region.eps
+
+
+def _of_the_example(window: Window) -> Window:
+    """A window for one number per example, along the first axis."""
+    return (window[0], *(Span(0, 1) for _ in window[1:]))
 
 
 def _one_example(region: InputSet) -> InputSet:
@@ -205,7 +229,7 @@ def _offsets(below: Array | None, above: Array | None, rows: Array, single: bool
 
     def total(a, b):
         sides = ((positive, a), (negative, b))
-        parts = [jnp.where(p == 0, 0, p * t) for p, t in sides if t is not None]
+        parts = [scaled(p, t) for p, t in sides if t is not None]
         return jnp.sum(functools.reduce(jnp.add, parts), axes)
 
     lower = total(below, above)

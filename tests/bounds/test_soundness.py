@@ -1,5 +1,7 @@
 """Bounds hold: every point of a set, found at random, by gradients or as a corner, lies inside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,18 @@ import pytest
 from models import MODELS
 from oracles import corners, exact, exact_interval_mlp, in_float64, output_size, points_of
 
-from jaxcert.bounds import crown, crown_ibp, ibp
+from jaxcert.bounds import alpha_crown, crown, crown_ibp, forward_linear, ibp
 from jaxcert.model import as_float64
 from jaxcert.sets import Box, L1Ball, L2Ball, LinfBall, bounding_box
 from jaxcert.specs import Spec, margins
 
-METHODS = {"ibp": ibp, "crown_ibp": crown_ibp, "crown": crown}
+METHODS = {
+    "ibp": ibp,
+    "crown_ibp": crown_ibp,
+    "crown": crown,
+    "alpha_crown": functools.partial(alpha_crown, steps=2),
+    "forward_linear": forward_linear,
+}
 
 EPS = jnp.array([0.0, 0.01, 0.15])  # one example each, so that every case has a set of one point
 
@@ -38,6 +46,27 @@ CASES = [
 # Cases bounded through a spec, margins and random rows, which is folded into the last layers.
 WITH_SPEC = {case for i, case in enumerate(CASES) if i % 2} | {("attention", "linf")}
 
+# The linear methods compile for seconds where `ibp` takes a tenth of one, and for a minute on nets
+# with normalisation or attention as a proof, so each meets the cases that are most unlike. Lines
+# around functions of one operand are in test_relaxations, planes in test_linear.
+LINEAR_CASES = {
+    "crown_ibp": [
+        ("mlp_relu", "linf_valid"), ("mlp_relu", "l2_valid"), ("mlp_relu", "l1"),
+        ("convolutions", "linf"), ("resnet_linen", "box"), ("tokens_merged_with_batch", "linf"),
+    ],
+    "crown": [
+        ("mlp_relu", "box"), ("mlp_relu", "linf"), ("mlp_relu", "l2_valid"), ("rematted_nnx", "l1"),
+    ],
+    "alpha_crown": [("mlp_relu", "linf_valid"), ("mlp_relu", "l1")],
+    "forward_linear": [("mlp_relu", "linf"), ("mlp_relu", "l2_valid"), ("rematted_nnx", "l1")],
+}  # fmt: skip
+# As fast bounds only, whose compilation is quicker.
+NOT_AS_A_PROOF = {
+    ("crown", "resnet_nnx", "linf_valid"),
+    ("crown_ibp", "attention", "linf"),
+    ("crown_ibp", "arithmetic", "linf"),
+}
+
 
 def test_every_model_and_set_has_a_case():
     assert {model for model, _ in CASES} == set(MODELS)
@@ -48,8 +77,14 @@ def _inputs(shape):
     return jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.9, (3, *shape)), jnp.float32)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(
+    ("method", "model", "name"),
+    [
+        *(("ibp", *case) for case in CASES),
+        *((method, *case) for method, cases in LINEAR_CASES.items() for case in cases),
+        *sorted(NOT_AS_A_PROOF),
+    ],
+)
 def test_points_lie_inside(method, model, name):
     f, shape = MODELS[model]()
     x = _inputs(shape)
@@ -61,10 +96,12 @@ def test_points_lie_inside(method, model, name):
     offset = np.concatenate([np.zeros(k - 1), rng.normal(size=2)]).astype(np.float32)
     spec = Spec(jnp.asarray(matrix), jnp.asarray(offset)) if (model, name) in WITH_SPEC else None
     bound = METHODS[method]
+    proves = (method, model, name) not in NOT_AS_A_PROOF
 
     @jax.jit
     def bounds(region):
-        return bound(f, outward=True)(region, spec), bound(f)(region, spec)
+        fast = bound(f)(region, spec)
+        return bound(f, outward=True)(region, spec) if proves else fast, fast
 
     points = points_of(f, region)
     if isinstance(region, Box | LinfBall) and x[0].size <= 8:
@@ -80,17 +117,20 @@ def test_points_lie_inside(method, model, name):
     low, high = np.asarray(proof.lower, np.float64), np.asarray(proof.upper, np.float64)
     assert np.isfinite(low).all()
     assert np.isfinite(high).all()
-    assert (low <= y).all(), (low - y).max()
-    assert (y <= high).all(), (y - high).max()
+    slack = 0 if proves else 1e-5 * (1 + np.abs(y))
+    assert (low <= y + slack).all(), (low - y).max()
+    assert (y - slack <= high).all(), (y - high).max()
 
     # At eps = 0 nothing but rounding separates the ends.
     assert (high[0] - low[0] <= 1e-5 * (1 + np.abs(high[0]))).all()
-    # The float32 bounds are the proved ones up to float32 rounding.
-    assert np.allclose(fast.lower, low, rtol=2e-4, atol=2e-4)
-    assert np.allclose(fast.upper, high, rtol=2e-4, atol=2e-4)
+    # The float32 bounds are the proved ones up to float32 rounding; where a linear method chooses
+    # between two lines, rounding can make it choose another, of nearly the same area.
+    choice = 0 if method == "ibp" else 0.05 * (high - low)
+    for one, other in ((fast.lower, low), (fast.upper, high)):
+        assert (np.abs(one - other) <= 2e-4 * (1 + np.abs(other)) + choice).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ibp", "crown_ibp", "crown"])
 def test_a_spec_is_at_least_as_tight_as_the_spec_of_the_bounds(method):
     f, shape = MODELS["mlp_relu"]()
     region = LinfBall(_inputs(shape), EPS)
@@ -105,14 +145,14 @@ def test_a_spec_is_at_least_as_tight_as_the_spec_of_the_bounds(method):
         assert (np.asarray(given.lower)[2] > naive[2] + 1e-3).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_against_exact_rational_arithmetic(method):
+def test_intervals_against_exact_rational_arithmetic():
+    """The linear methods' proofs meet exact rationals in test_linear."""
     f, shape = MODELS["mlp_relu"]()
     x = _inputs(shape)
     eps = np.float32(0.05) * np.array([0, 1, 2], np.float32)
     region = LinfBall(x, jnp.asarray(eps))
     with jax.enable_x64(True):
-        bound = METHODS[method](f, outward=True)
+        bound = ibp(f, outward=True)
         box = jax.jit(bound)(jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), region))
         low, high = exact(box.lower), exact(box.upper)
     layers = [
@@ -124,8 +164,6 @@ def test_against_exact_rational_arithmetic(method):
     assert (low <= value).all()
     assert (value <= high).all()
     l, u = exact_interval_mlp(layers, centre - radius, centre + radius)
-    if method != "ibp":
-        return
     assert (low <= l).all()
     assert (u <= high).all()
     width, excess = (u - l).astype(float), ((high - low) - (u - l)).astype(float)
