@@ -75,6 +75,12 @@ class Net:
         outer, inner = self.outer_and_inner(v)
         return jnp.sum(products.reshape(-1, outer, self.batch, inner), (1, 3))
 
+    def spread(self, numbers: Array, v: Var) -> Array:
+        """One number per example (b,) at each entry of v."""
+        outer, inner = self.outer_and_inner(v)
+        shape = (outer, self.batch, inner)
+        return jnp.broadcast_to(numbers[:, None], shape).reshape(v.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -164,7 +170,7 @@ def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
 
 
 def scaled(rows: Array, offset: Any) -> Array:
-    """rows times an offset. Where a row is zero an infinite one does not matter; NaN always does."""
+    """rows times an offset. Where a row is 0 an infinite one does not matter; NaN always does."""
     return jnp.where((rows == 0) & ~jnp.isnan(offset), 0, rows * offset)
 
 

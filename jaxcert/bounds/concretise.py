@@ -49,9 +49,8 @@ def least(region: InputSet, rows: Array, outward: bool) -> Array:
     over_ball = at_centre - size
     if region.valid is None:
         return jnp.maximum(over_ball, over_box)
-    return jnp.maximum(
-        jnp.maximum(over_ball, over_box), _least_over_cut(region, rows, box, outward)
-    )
+    over_both = _least_over_cut(region, rows, box, outward)
+    return jnp.fmax(jnp.maximum(over_ball, over_box), over_both)
 
 
 def _dual_norm(rows: Array, region: InputSet, axes: tuple[int, ...]) -> Array:
@@ -87,7 +86,7 @@ def _least_over_cut(region: L2Ball | L1Ball, rows: Array, box: Box, outward: boo
     # Beyond `top` the minimiser is inside the ball: |c| / t <= eps, or t >= max |c_i|.
     norm = _dual_norm(rows, region, axes).reshape(steepest.shape)
     top = norm / jnp.maximum(eps, tiny) if quadratic else steepest
-    top = jnp.maximum(top, tiny)
+    top = jnp.clip(top, tiny, jnp.finfo(rows.dtype).max / 4)
 
     def halve(_, ends):
         a, b = ends

@@ -150,9 +150,12 @@ class _Functions:
     def _slack(self, plane: Planes, weight: Any, offset: Any, operands: Sequence[_Pair]) -> Array:
         """How far rounding can move a function's values: each of its numbers errs by gamma times
         the sizes of what it is a sum of (Higham, section 3.1), and counts times its input entry."""
-        reach = jnp.max(self._reach) + 1
-        sizes = [jnp.sum(jnp.maximum(jnp.abs(p.lower), jnp.abs(p.upper)), 0) * reach
-                 for p in operands]  # fmt: skip
+        largest = [jnp.sum(jnp.maximum(jnp.abs(p.lower), jnp.abs(p.upper)), 0) for p in operands]
+        reach = jnp.max(self._reach, tuple(range(1, self._reach.ndim))) + 1
+        sizes = [
+            size * self.walk.net.spread(reach, x)
+            for size, x in zip(largest, plane.operands, strict=True)
+        ]
         n = sum(math.prod(x.shape) for x in plane.operands) + self.d + 16
         total = plane.apply(absolute(weight), *sizes) if sizes else jnp.zeros(())
         total = total if offset is None else total + jnp.abs(offset)
@@ -177,4 +180,4 @@ class _Functions:
             table = sign * rows(functions)
             values = least(walk.region, table[..., :-1].reshape(-1, *shape), walk.outward)
             ends.append(sign * (values + table[..., -1]).T)
-        return with_dust(walk, Box(*ends))
+        return with_dust(walk, Box(*ends), walk.dust[:, None])

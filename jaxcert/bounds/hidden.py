@@ -38,7 +38,7 @@ def refined(
     where = geometry(net, planes, v)
     if where is not None:
         low, high = bounds_by_window(net, planes, v, where, walk.region, walk.outward, walk.dtype)
-        return with_dust(walk, Box(low, high))
+        return with_dust(walk, Box(low, high), net.spread(walk.dust, v))
     index = jnp.arange(math.prod(net.outer_and_inner(v)))
     low, high = _in_chunks(walk, v, index, chunk, planes)
     return Box(entries(net, low, v), entries(net, high, v))
@@ -91,7 +91,7 @@ def concretised(
     """Lower and upper bounds (r, b) of mirrored rows on v."""
     values = least_values(walk, v, form, planes)
     half = len(values) // 2
-    box = with_dust(walk, Box(values[:half], -values[half:]))
+    box = with_dust(walk, Box(values[:half], -values[half:]), walk.dust)
     return box.lower, box.upper
 
 
@@ -101,11 +101,11 @@ def least_values(walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]) -
     return least(walk.region, rows, walk.outward) + offset
 
 
-def with_dust(walk: Walk, box: Box) -> Box:
+def with_dust(walk: Walk, box: Box, dust: Array) -> Box:
     """The box grown, in a proof, by what products that were flushed to zero can amount to."""
     if not walk.outward:
         return box
-    return rounding.widen(Box(box.lower - walk.dust, box.upper + walk.dust), rounding.ARITHMETIC)
+    return rounding.widen(Box(box.lower - dust, box.upper + dust), rounding.ARITHMETIC)
 
 
 def _rows_that_fit(walk: Walk, v: Var) -> int:

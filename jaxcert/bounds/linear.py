@@ -82,7 +82,9 @@ def crown_ibp(f: Model, *, outward: bool = False, hidden: Sequence[Box] | None =
       hidden: boxes of the hidden values to use instead, from `hidden_bounds` on this region or on a
         larger one; a proof is as good as they are.
     """
-    return transform(f, outward, functools.partial(_bound, hidden=bounder(hidden or ibp)))
+    return transform(
+        f, outward, functools.partial(_bound, hidden=bounder(ibp if hidden is None else hidden))
+    )
 
 
 def hidden_bounds(
@@ -156,7 +158,7 @@ def linear_bounds(
         goal = Goal(walk, spec)
         matrix, offset = pull_back(walk.net, walk.planes, walk.output, goal.form)
         half = len(offset) // 2
-        box = with_dust(walk, Box(offset[:half].T, -offset[half:].T))
+        box = with_dust(walk, Box(offset[:half].T, -offset[half:].T), walk.dust[:, None])
         box = box if spec is None else shifted(walk, spec, box)
         matrix = jnp.moveaxis(matrix, 0, 1)
         return LinearBounds(matrix[:, :half], box.lower, -matrix[:, half:], box.upper)
@@ -177,7 +179,8 @@ def bounder(
         return functools.partial(refined_where_unsure, count=unsure, chunk=chunk)
     if hidden is crown:
         return functools.partial(refined, chunk=chunk)
-    if not isinstance(hidden, Sequence) or not all(isinstance(box, Box) for box in hidden):
+    boxes = isinstance(hidden, Sequence) and not isinstance(hidden, str)
+    if not boxes or not all(isinstance(box, Box) for box in hidden):
         raise ValueError(
             "hidden must be one of the functions crown, crown_ibp and ibp, or boxes from "
             f"hidden_bounds, got {hidden!r}"

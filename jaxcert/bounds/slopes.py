@@ -108,7 +108,7 @@ def _bound(
 
     best = _best(values, _zeros(walk, free, (2 * len(goal.form.rows),)), options, options.steps)
     half = len(best) // 2
-    box = goal.shaped(with_dust(walk, Box(best[:half].T, -best[half:].T)))
+    box = goal.shaped(with_dust(walk, Box(best[:half].T, -best[half:].T), walk.dust[:, None]))
     return meet(known, box if spec is not None else meet(walk.boxes[walk.output], box))
 
 

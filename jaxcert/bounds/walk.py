@@ -55,7 +55,7 @@ class Walk:
         self.boxes: dict[Var, Value] = {x: box}
         self.planes: dict[Var, Planes] = {}
         self.refined: list[Var] = []  # what was bounded by the caller, in order
-        self.dust: Any = 0.0  # what products flushed to zero can amount to
+        self.dust: Any = jnp.zeros(self.net.batch, self.dtype)  # see `counted`
         self._spread = {x: 0 if isinstance(self.region, Box | LinfBall) else 2}
 
     def again(self) -> "Walk":
@@ -120,7 +120,11 @@ class Walk:
             self.planes[out] = self.counted(eqn, plane) if self.outward else plane
 
     def counted(self, eqn: Equation, plane: Planes) -> Planes:
-        """The plane with its rounding, in a proof."""
+        """The plane with its rounding, in a proof.
+
+        Products that are flushed to zero do not scale with the rows: for each example, `dust` adds
+        up what they can amount to, 2^-1022 times the sizes and far fewer than 2^42 times over.
+        """
         sizes = [
             jnp.maximum(jnp.abs(lower(box)), jnp.abs(upper(box)))
             for box in (self.boxes[x] for x in plane.operands)
@@ -128,7 +132,9 @@ class Walk:
         if plane.elementwise:  # what is multiplied by 0 may be as large as it likes
             sizes = [jnp.where((plane.lower != 0) | (plane.upper != 0), sizes[0], 0)]
         if products(eqn):
-            self.dust = self.dust + sum(map(jnp.sum, map(_unless_mask, sizes))) * 2.0**-980
+            for x, size in zip(plane.operands, sizes, strict=True):
+                part = self.net.per_example(_unless_mask(size)[None], x)[0]
+                self.dust = self.dust + part * 2.0**-980
         uses = max((self._readers[x] for x in plane.operands), default=1)
         terms = math.prod(eqn.outputs[0].shape) + len(self.net.graph.equations)
         return with_rounding(plane, eqn, sizes, uses, terms)

@@ -49,7 +49,7 @@ def test_no_point_lies_outside_and_more_steps_are_never_worse():
     @jax.jit
     def run(region):
         plain = crown(f)(region)
-        return plain, [alpha_crown(f, steps=n)(region) for n in (0, 1, 8)]
+        return plain, [alpha_crown(f, steps=n)(region) for n in (0, 5)]
 
     plain, found = run(region)
     points = points_of(f, region, n=64)
@@ -67,7 +67,7 @@ def test_no_point_lies_outside_and_more_steps_are_never_worse():
 
 
 def test_each_kink_reaches_its_best_slope():
-    """act(x) - s x on [-a, b] for one s between the slopes: the best line is exact at its minimum."""
+    """act(x) - s x on [-a, b] for one s between the slopes: the best line touches its minimum."""
     eps, x = 1.0, jnp.full((1, 1), 0.1)
     grid = np.linspace(-0.9, 1.1, 4001)[:, None]
     for name, s in (("relu", 0.5), ("leaky", 0.6), ("abs", 0.2), ("max", 0.4), ("min", 0.4)):
@@ -77,9 +77,7 @@ def test_each_kink_reaches_its_best_slope():
             lambda r, f=f: (crown(f)(r), alpha_crown(f, steps=40)(r))
         )(LinfBall(x, eps))  # fmt: skip
         exact = values.min() if name != "min" else values.max()
-        found, before = (
-            (b.upper if name == "min" else b.lower)[0, 0] for b in (best, plain)
-        )
+        found, before = ((b.upper if name == "min" else b.lower)[0, 0] for b in (best, plain))
         assert abs(found - exact) < 0.02, name
         assert abs(before - exact) > 0.1, name
 
@@ -146,12 +144,3 @@ def test_the_published_implementation_is_no_tighter(data):
     assert float((box.upper - box.lower).mean()) <= 1.002 * (upper - lower).mean()
     plain = saved["b16/CROWN/ub"] - saved["b16/CROWN/lb"]
     assert (np.asarray(box.upper - box.lower) <= plain * (1 + 1e-4)).all()
-
-
-def test_one_point_has_one_value():
-    f = all_kinks()
-    region = LinfBall(inputs(), 0.0)
-    box = jax.jit(alpha_crown(f, steps=2))(region)
-    assert np.allclose(box.lower, f(region.x), atol=1e-5)
-    assert np.allclose(box.upper, f(region.x), atol=1e-5)
-    assert (box.lower <= box.upper).all()

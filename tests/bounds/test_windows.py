@@ -212,7 +212,13 @@ def test_windows_in_several_chunks(monkeypatch):
 LAYOUTS = {  # operand shape, kernel shape, padding, strides, dimension numbers
     "plain": ((2, 6, 5, 2), (3, 3, 2, 4), "SAME", (1, 1), ("NHWC", "HWIO", "NHWC")),
     "stride": ((2, 7, 6, 2), (3, 2, 2, 4), "SAME", (2, 3), ("NHWC", "HWIO", "NHWC")),
-    "stride over the kernel": ((1, 9, 8, 2), (2, 1, 2, 3), "VALID", (4, 3), ("NHWC", "HWIO", "NHWC")),
+    "stride over the kernel": (
+        (1, 9, 8, 2),
+        (2, 1, 2, 3),
+        "VALID",
+        (4, 3),
+        ("NHWC", "HWIO", "NHWC"),
+    ),
     "uneven": ((1, 6, 5, 2), (4, 3, 2, 3), ((3, 0), (0, 2)), (2, 2), ("NHWC", "HWIO", "NHWC")),
     "negative": ((1, 8, 7, 2), (3, 3, 2, 3), ((-1, 2), (1, -2)), (2, 1), ("NHWC", "HWIO", "NHWC")),
     "unread edge": ((1, 8, 8, 1), (3, 3, 1, 2), "VALID", (3, 3), ("NHWC", "HWIO", "NHWC")),
@@ -253,7 +259,9 @@ def test_transposes_are_those_of_jax(monkeypatch, small):
             found[name] = ours, jax.vmap(transpose)(rows)[0]
         return found
 
-    for name, (ours, theirs) in both({n: (w, rows) for n, (_, _, w, rows) in cases.items()}).items():
+    for name, (ours, theirs) in both(
+        {n: (w, rows) for n, (_, _, w, rows) in cases.items()}
+    ).items():
         assert ours.shape == theirs.shape, name
         assert np.allclose(ours, theirs, rtol=1e-5, atol=1e-5), name
 
@@ -264,7 +272,9 @@ def test_groups_and_dilations_have_no_fast_transpose():
         {"feature_group_count": 2}, {"rhs_dilation": (1, 2)}, {"lhs_dilation": (2, 1)},
     ):  # fmt: skip
         features = 1 if "feature_group_count" in options else 2
-        graph = trace(lambda a, o=options, k=features: conv(a, (2, 2, k, 4), ((0, 1), (1, 0)), **o), x)
+        graph = trace(
+            lambda a, o=options, k=features: conv(a, (2, 2, k, 4), ((0, 1), (1, 0)), **o), x
+        )
         (eqn,) = (e for e in graph.equations if e.name == "conv_general_dilated")
         assert not convolution.has_fast_transpose(eqn)
 
