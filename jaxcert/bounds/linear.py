@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -179,13 +179,13 @@ def bounder(
         return functools.partial(refined_where_unsure, count=unsure, chunk=chunk)
     if hidden is crown:
         return functools.partial(refined, chunk=chunk)
-    boxes = isinstance(hidden, Sequence) and not isinstance(hidden, str)
-    if not boxes or not all(isinstance(box, Box) for box in hidden):
+    boxes: Any = hidden if isinstance(hidden, tuple | list) else [None]
+    if not all(isinstance(box, Box) for box in boxes):
         raise ValueError(
             "hidden must be one of the functions crown, crown_ibp and ibp, or boxes from "
             f"hidden_bounds, got {hidden!r}"
         )
-    return functools.partial(_known, boxes=tuple(hidden))
+    return functools.partial(_known, boxes=tuple(boxes))
 
 
 def _known(walk: Walk, v: Var, boxes: Sequence[Box]) -> Box:

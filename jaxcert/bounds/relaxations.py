@@ -85,9 +85,7 @@ def lines(eqn: Equation, values: Sequence[Value], outward: bool) -> Lines:
 def _place(eqn: Equation) -> int:
     places = [i for i, atom in enumerate(eqn.inputs) if isinstance(atom, Var) and atom.bounded]
     if len(places) != 1:
-        raise unsupported(
-            eqn, "linear bound propagation", "one operand may depend on the input; use ibp"
-        )
+        raise unsupported(eqn, "linear bound propagation", "one operand may be bounded; use ibp")
     return places[0]
 
 

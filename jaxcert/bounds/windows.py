@@ -43,19 +43,8 @@ def bounds_by_window(
 ) -> tuple[Array, Array]:
     """Lower and upper bounds of every entry of `start`, each in start's shape."""
     steps = [v for v in ancestors(net, planes, start) if v in where.windows]
-    crops = _Crops(where)
-    for v in steps:
-        _add_planes(crops, where, v, planes[v])
-        if where.overhangs(v) and planes[v].apply is not jnp.multiply:
-            crops.add((v, "on the map"), v, _ones(where, v, dtype))
-    if net.input in where.windows:
-        region = _spread_out(region, outward)
-        for i, leaf in enumerate(jax.tree.leaves(region)):
-            edge = _of_the_example(where.windows[net.input]) if leaf is eps_of(region) else None
-            crops.add((net.input, i), net.input, leaf, edge)
-        if where.overhangs(net.input):
-            crops.add((net.input, "on the map"), net.input, _ones(where, net.input, dtype))
-    crops.close()
+    region = _spread_out(region, outward) if net.input in where.windows else region
+    crops = _crops_of(net, planes, steps, where, region, dtype)
     window = where.windows[start]
     count = math.prod(sizes(window))
     # Behind a barrier, or XLA convolves these known rows with known kernels when compiling.
@@ -88,15 +77,19 @@ def bounds_by_window(
         nearby = _one_example(jax.tree.unflatten(structure, leaves))
         return least(nearby, rows, outward)[:, 0] + offset
 
-    values = _mapped(
-        one, where, 2 * count * max(math.prod(sizes(w)) for w in where.windows.values())
-    )
-    values = values.reshape(*where.grid, 2, *sizes(window))
-    squeezed = jnp.squeeze(values, [len(where.grid) + 1 + axis for axis in where.axes])
+    widest = max(math.prod(sizes(w)) for w in where.windows.values())
+    values = _mapped(one, where, 2 * count * widest)
+    low, negated = _as_maps(values.reshape(*where.grid, 2, *sizes(window)), where, start)
+    return low, -negated
+
+
+def _as_maps(values: Array, where: Geometry, start: Var) -> Array:
+    """Values (*grid, 2, *window) of each sign in start's own order of axes."""
+    front = len(where.grid)
+    values = jnp.squeeze(values, [front + 1 + axis for axis in where.axes])
     order = [*where.axes, *(i for i in range(len(start.shape)) if i not in where.axes)]
-    ends = jnp.moveaxis(squeezed, len(where.grid), 0)
     back = [order.index(i) for i in range(len(order))]
-    return ends[0].transpose(back), -ends[1].transpose(back)
+    return jnp.moveaxis(values, front, 0).transpose(0, *(1 + i for i in back))
 
 
 def _mapped(one: Any, where: Geometry, rows: int) -> Array:
@@ -168,6 +161,31 @@ class _Crops:
         return found
 
 
+def _crops_of(
+    net: Net,
+    planes: Mapping[Var, Planes],
+    steps: Sequence[Var],
+    where: Geometry,
+    region: InputSet,
+    dtype: Any,
+) -> _Crops:
+    """All that depends on the position."""
+    crops = _Crops(where)
+    for v in steps:
+        _add_planes(crops, where, v, planes[v])
+        # Lines are 0 off the map themselves.
+        if where.overhangs(v) and planes[v].apply is not jnp.multiply:
+            crops.add((v, "on the map"), v, _ones(where, v, dtype))
+    if net.input in where.windows:
+        for i, leaf in enumerate(jax.tree.leaves(region)):
+            edge = _of_the_example(where.windows[net.input]) if leaf is _eps(region) else None
+            crops.add((net.input, i), net.input, leaf, edge)
+        if where.overhangs(net.input):
+            crops.add((net.input, "on the map"), net.input, _ones(where, net.input, dtype))
+    crops.close()
+    return crops
+
+
 def _add_planes(crops: _Crops, where: Geometry, v: Var, plane: Planes) -> None:
     """What of v's planes depends on the position."""
     for key in ("below", "above"):
@@ -201,7 +219,7 @@ def _spread_out(region: InputSet, outward: bool) -> InputSet:
     return dataclasses.replace(region, eps=eps, valid=valid)
 
 
-def eps_of(region: InputSet) -> Any:
+def _eps(region: InputSet) -> Any:
     """The radius of a ball; nothing for a box."""
     return None if isinstance(region, Box) else region.eps
 
