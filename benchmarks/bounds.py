@@ -29,8 +29,8 @@ shown by their best call of each round, we by a mean over 20 ms, so noise counts
 with a common part before a colon, `lib` and `lib:tuned`, are one library in two settings, of which
 the faster one counts.
 
-XLA:CPU's fusion of dots into YNNPACK is switched off in all that is ours, as it costs nets that are
-256 wide up to 2.35 times the time.
+XLA:CPU's fusion of dots into YNNPACK is switched off in all that is ours, as dense nets are usually
+somewhat cheaper without it.
 """
 
 import concurrent.futures

@@ -312,3 +312,16 @@ def test_a_closure_over_a_key_goes_through_jit():
     key, x = jax.random.key(3), jnp.zeros((1, 3))
     f = lambda y: y + jax.random.normal(key, (3,))  # noqa: E731
     assert jax.jit(lambda z: bounds.certify(f, LinfBall(z, 0.01)).radius)(x).shape == (1,)
+
+
+def test_padding_of_a_pool_is_less_than_what_float32_cannot_hold():
+    """A float32 model's least number padded windows whose entries, over the reals, are less."""
+    scale = jnp.float32(1e20)
+
+    def f(x):
+        return nnx.max_pool(-(x * scale) * scale, (2, 2), padding="SAME").reshape(x.shape[0], -1)
+
+    with jax.enable_x64(True):
+        box = crown(f, outward=True)(LinfBall(jnp.ones((2, 3, 3, 1)), 0.1))
+    assert not (box.lower > -0.9e40).any()
+    assert not (box.upper < -1.1e40).any()

@@ -109,6 +109,11 @@ def unit_rows(net: Net, v: Var, index: Array, dtype: Any) -> Form:
     return Form(jnp.moveaxis(rows, 1, 2).reshape(-1, *v.shape), mirrored=True, thin=False)
 
 
+def memory() -> int:
+    """Bytes of coefficients to work on at a time: a CPU's cache, or a part of another memory."""
+    return 2**20 if jax.default_backend() == "cpu" else 2**28
+
+
 def entries(net: Net, bounds: Array, v: Var) -> Array:
     """Bounds (n, b) of all entries of v in v's own shape."""
     outer, inner = net.outer_and_inner(v)
@@ -174,7 +179,7 @@ def scaled(rows: Array, offset: Any) -> Array:
     return jnp.where((rows == 0) & ~jnp.isnan(offset), 0, rows * offset)
 
 
-_RESHAPES = frozenset(["reshape", "squeeze", "expand_dims"])  # their transposes are reshapes
+RESHAPES = frozenset(["reshape", "squeeze"])  # their transposes are reshapes
 
 
 def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...]:
@@ -182,7 +187,7 @@ def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...
     if not plane.operands:
         return ()
     shapes = [net.thin_shape(x) if form.thin else x.shape for x in plane.operands]
-    if net.makers[v].name in _RESHAPES:
+    if net.makers[v].name in RESHAPES:
         return (form.rows.reshape(-1, *shapes[0]),)  # type: ignore[misc]
     if has_fast_transpose(net.makers[v]):
         eqn = net.makers[v]
@@ -206,7 +211,7 @@ def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...
 _SHAPE_FREE = frozenset(
     """
     dot_general conv_general_dilated neg transpose rev reduce_sum reduce_window_sum cumsum
-    convert_element_type reduce_precision stop_gradient copy reshape squeeze expand_dims
+    convert_element_type reduce_precision stop_gradient copy reshape squeeze
     """.split()
 )
 

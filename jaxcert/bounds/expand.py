@@ -196,5 +196,8 @@ _REWRITES: dict[str, Callable[[Equation], Callable[..., Any] | None]] = {
     "reduce_window_min": _window_minimum,
 }
 
+# Expansions in which the least number of the operand's type stands for minus infinity.
+CLAMPED = frozenset(["softmax", "log_softmax", "reduce_window_max", "reduce_window_min"])
+
 # Where bounding the operand is better, or cheaper, than bounding what the expansion makes of it.
-_BOUND_OPERANDS = frozenset(["softmax", "log_softmax", "reduce_window_max", "reduce_window_min"])
+_BOUND_OPERANDS = CLAMPED

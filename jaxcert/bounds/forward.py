@@ -23,16 +23,14 @@ from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import entries
 from jaxcert.bounds.concretise import box_of, least
 from jaxcert.bounds.hidden import with_dust
-from jaxcert.bounds.interval import interval_bounds
 from jaxcert.bounds.last_layer import spec_matrix
-from jaxcert.bounds.linear import depends_on_input, shifted
+from jaxcert.bounds.linear import shifted, walking
 from jaxcert.bounds.planes import Planes, absolute
-from jaxcert.bounds.transform import Bound, transform
+from jaxcert.bounds.transform import Bound
 from jaxcert.bounds.walk import Walk, meet
-from jaxcert.graph import Graph, Var
+from jaxcert.graph import Var
 from jaxcert.model import Model
-from jaxcert.rows import Rows
-from jaxcert.sets import Array, Box, InputSet
+from jaxcert.sets import Array, Box
 from jaxcert.specs import Spec
 
 
@@ -50,36 +48,23 @@ def forward_linear(f: Model, *, outward: bool = False) -> Bound:
       >>> print(box.lower, box.upper)
       [[0.]] [[0.]]
     """
-    return transform(f, outward, _bound)
+    return walking(f, outward, _bound)
 
 
-def _bound(
-    graph: Graph,
-    rows: dict[Var, Rows],
-    region: InputSet,
-    spec: Spec | None,
-    outward: bool,
-) -> Box:
-    known = interval_bounds(graph, rows, region, spec, outward)
-    if not depends_on_input(graph):
-        return known
-    walk = Walk(graph, rows, region, outward)
+def _bound(walk: Walk, spec: Spec | None) -> Box:
     functions = _Functions(walk)
     walk.run(functions.box)
     out = walk.output
     if spec is None:
-        return meet(known, meet(walk.boxes[out], functions.box(walk, out)))
-    if len(out.shape) != 2:
-        raise ValueError(f"a spec needs a model with outputs (b, k), got {out.shape}")
-    matrix = spec_matrix(spec, *out.shape, walk.dtype)
+        return meet(walk.boxes[out], functions.box(walk, out))
+    matrix = spec_matrix(spec, out.shape, walk.dtype)
 
     def apply(c, y):
         return jnp.sum(c * y[:, None, :], 2)
 
     functions.of(out)
     pair = functions.through(Planes((out,), apply, matrix, matrix))
-    box = functions.concretised(pair, jnp.transpose)
-    return meet(known, shifted(walk, spec, box))
+    return shifted(walk, spec, functions.concretised(pair, jnp.transpose))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from jaxcert.bounds.backward import Net, ancestors
+from jaxcert.bounds.backward import RESHAPES, Net, ancestors
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import LINES
 from jaxcert.graph import Equation, Var
@@ -154,7 +154,6 @@ def _union(a: Window, b: Window) -> Window | None:
 _ELEMENTWISE = frozenset(LINES) | frozenset(
     "add sub neg mul div convert_element_type reduce_precision stop_gradient copy".split()
 )
-RESHAPES = frozenset(["reshape", "squeeze", "expand_dims"])
 _ALONG = {  # equations that mix whole axes, and which
     "reduce_max": lambda p: p["axes"],
     "reduce_sum": lambda p: p["axes"],

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds import rounding
-from jaxcert.bounds.backward import Form, entries, pull_back, unit_rows
+from jaxcert.bounds.backward import Form, entries, memory, pull_back, unit_rows
 from jaxcert.bounds.concretise import least
 from jaxcert.bounds.geometry import geometry
 from jaxcert.bounds.planes import Planes
@@ -109,12 +109,7 @@ def with_dust(walk: Walk, box: Box, dust: Array) -> Box:
 
 
 def _rows_that_fit(walk: Walk, v: Var) -> int:
-    """Rows whose coefficients, of both signs for all examples, take up about `_memory()` bytes."""
+    """Rows whose coefficients, of both signs for all examples, take up about `memory()` bytes."""
     widest = max(math.prod(w.shape) for w in walk.planes) if walk.planes else 1
     widest = max(widest, math.prod(walk.net.input.shape))
-    return max(1, _memory() // (2 * widest * walk.dtype.itemsize))
-
-
-def _memory() -> int:
-    """Bytes of coefficients worked on at a time."""
-    return 2**20 if jax.default_backend() == "cpu" else 2**28
+    return max(1, memory() // (2 * widest * walk.dtype.itemsize))

@@ -34,10 +34,8 @@ def with_spec(graph: Graph, rows: dict[Var, Rows], box: Box, spec: Spec, outward
     constants = {v: env[v] for v in env if not v.bounded}
     zero = jnp.zeros_like(lower(hidden))
     bias = output(_with_inputs(tail, constants), [zero, *constants.values()], outward)
-    if jnp.ndim(lower(bias)) != 2:
-        raise ValueError(f"a spec needs a model with outputs (b, k), got {jnp.shape(lower(bias))}")
+    matrix = spec_matrix(spec, jnp.shape(lower(bias)), lower(bias).dtype)
     b, k = jnp.shape(lower(bias))
-    matrix = spec_matrix(spec, b, k, lower(bias).dtype)
     pulled = _pull_back(tail, jnp.moveaxis(matrix, 1, 0), outward)
     pulled = _map(pulled, lambda a: jnp.moveaxis(a, 1, 0).reshape(b, matrix.shape[1], -1))
     flat = _map(hidden, lambda a: a.reshape(b, -1))
@@ -65,8 +63,11 @@ def _map(value: Value, f: Callable[[Array], Array]) -> Value:
     return Box(f(value.lower), f(value.upper)) if isinstance(value, Box) else f(value)
 
 
-def spec_matrix(spec: Spec, b: int, k: int, dtype: Any) -> Array:
-    """The matrix of a spec for each example, (b, s, k)."""
+def spec_matrix(spec: Spec, shape: Sequence[int], dtype: Any) -> Array:
+    """The matrix of a spec for each example of outputs (b, k), (b, s, k)."""
+    if len(shape) != 2:
+        raise ValueError(f"a spec needs a model with outputs (b, k), got {tuple(shape)}")
+    b, k = shape
     matrix = jnp.asarray(spec.matrix, dtype)
     if matrix.ndim > 1 and matrix.shape[-2] == 0:
         raise ValueError("the spec has no rows, so there is nothing to prove")

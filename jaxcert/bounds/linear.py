@@ -24,9 +24,8 @@ from jaxcert.bounds.interval import ibp, interval_bounds
 from jaxcert.bounds.last_layer import spec_matrix
 from jaxcert.bounds.transform import Bound, Method, transform
 from jaxcert.bounds.walk import BoundHidden, Walk, meet
-from jaxcert.graph import Graph, Var
+from jaxcert.graph import Var
 from jaxcert.model import Model
-from jaxcert.rows import Rows
 from jaxcert.sets import Array, Box, InputSet
 from jaxcert.specs import Spec
 
@@ -69,7 +68,8 @@ def crown(
       >>> print(abs(box.lower), box.upper)
       [[0.]] [[0.]]
     """
-    return transform(f, outward, functools.partial(_bound, hidden=bounder(crown, unsure, chunk)))
+    bound = functools.partial(_bound, hidden=bounder(crown, unsure, chunk), chunk=chunk)
+    return walking(f, outward, bound)
 
 
 def crown_ibp(f: Model, *, outward: bool = False, hidden: Sequence[Box] | None = None) -> Bound:
@@ -82,9 +82,8 @@ def crown_ibp(f: Model, *, outward: bool = False, hidden: Sequence[Box] | None =
       hidden: boxes of the hidden values to use instead, from `hidden_bounds` on this region or on a
         larger one; a proof is as good as they are.
     """
-    return transform(
-        f, outward, functools.partial(_bound, hidden=bounder(ibp if hidden is None else hidden))
-    )
+    bound = functools.partial(_bound, hidden=bounder(ibp if hidden is None else hidden))
+    return walking(f, outward, bound)
 
 
 def hidden_bounds(
@@ -190,6 +189,8 @@ def bounder(
 
 def _known(walk: Walk, v: Var, boxes: Sequence[Box]) -> Box:
     """The box of the next hidden value."""
+    if walk.outward and any(box.lower.dtype != jnp.float64 for box in boxes):
+        raise ValueError("a proof needs proved boxes, from hidden_bounds(f, outward=True)")
     place = len(walk.refined)
     if place >= len(boxes) or boxes[place].lower.shape != v.shape:
         shapes = [box.lower.shape for box in boxes]
@@ -201,30 +202,27 @@ def _known(walk: Walk, v: Var, boxes: Sequence[Box]) -> Box:
 
 
 def _bound(
-    graph: Graph,
-    rows: dict[Var, Rows],
-    region: InputSet,
-    spec: Spec | None,
-    outward: bool,
-    *,
-    hidden: BoundHidden | None,
+    walk: Walk, spec: Spec | None, *, hidden: BoundHidden | None, chunk: int | None = None
 ) -> Box:
-    known = interval_bounds(graph, rows, region, spec, outward)
-    if not depends_on_input(graph):
-        return known
-    walk = Walk(graph, rows, region, outward)
     walk.run(hidden)
     if spec is None:
-        return meet(known, meet(walk.boxes[walk.output], refined(walk, walk.output)))
+        return meet(walk.boxes[walk.output], refined(walk, walk.output, chunk))
     goal = Goal(walk, spec)
     low, high = concretised(walk, walk.output, goal.form, walk.planes)
-    return meet(known, shifted(walk, spec, Box(low.T, high.T)))
+    return shifted(walk, spec, Box(low.T, high.T))
 
 
-def depends_on_input(graph: Graph) -> bool:
-    """Whether there is anything to pull back."""
-    out = graph.outputs[0]
-    return isinstance(out, Var) and out.bounded
+def walking(f: Model, outward: bool, bound: Callable[[Walk, Spec | None], Box]) -> Bound:
+    """The transform of a bound that is found on a walk, never looser than interval bounds."""
+
+    def propagate(graph, rows, region, spec, outward):
+        known = interval_bounds(graph, rows, region, spec, outward)
+        out = graph.outputs[0]
+        if not isinstance(out, Var) or not out.bounded:  # there is nothing to pull back
+            return known
+        return meet(known, bound(Walk(graph, rows, region, outward), spec))
+
+    return transform(f, outward, propagate)
 
 
 class Goal:
@@ -241,9 +239,7 @@ class Goal:
             count = math.prod(walk.net.outer_and_inner(out))
             self.form = unit_rows(walk.net, out, jnp.arange(count), walk.dtype)
             return
-        if len(out.shape) != 2:
-            raise ValueError(f"a spec needs a model with outputs (b, k), got {out.shape}")
-        matrix = spec_matrix(spec, *out.shape, walk.dtype)
+        matrix = spec_matrix(spec, out.shape, walk.dtype)
         self.form = Form(jnp.moveaxis(matrix, 1, 0), mirrored=True, thin=False)
 
     def shaped(self, box: Box) -> Box:

@@ -119,6 +119,7 @@ def with_rounding(
       terms: how many numbers an offset is added up with.
     """
     n = products(eqn) + uses - 1
+    own = n + sum(size.size for size in sizes)  # sums in the slack itself
 
     def slack(weight, offset):
         middle, error = _middle_and_error(weight)
@@ -129,7 +130,7 @@ def with_rounding(
             parts.append(planes.apply(error, *sizes) * (1 + rounding.gamma(n)))
         if offset is not None:
             parts.append(rounding.gamma(terms) * jnp.abs(offset))
-        total = rounding.inflate(functools.reduce(jnp.add, parts), n) if parts else None
+        total = rounding.inflate(functools.reduce(jnp.add, parts), own) if parts else None
         return middle, total
 
     lower_weight, low = slack(planes.lower, planes.below)
@@ -223,7 +224,7 @@ def _cast(eqn, values, outward):
     if (
         eqn.name in ("stop_gradient", "copy")
         or not outward
-        or (eqn.name == "convert_element_type" and (source == jnp.bool_ or holds_all(to, source)))
+        or (eqn.name == "convert_element_type" and holds_all(to, source))
     ):
         return plane
     (box,) = _boxes(eqn, values, outward)
@@ -285,7 +286,7 @@ def _scale(eqn, values, outward):
         bind = jnp.multiply
     else:
         weight = values[1 - places[0]]
-        bind = _product_of(eqn, outward)
+        bind = _product_of(eqn)
     swapped = eqn.name != "div" and places == [1]
 
     def apply(w, x):
@@ -295,7 +296,7 @@ def _scale(eqn, values, outward):
     return [dataclasses.replace(plane, elementwise=eqn.name in ("mul", "div"))]
 
 
-def _product_of(eqn: Equation, outward: bool) -> Callable[[Array, Array], Array]:
+def _product_of(eqn: Equation) -> Callable[[Array, Array], Array]:
     options = {} if eqn.name in ("mul", "div") else exact_products(True)
     return lambda x, y: eqn.bind(x, y, **options)[0]
 
@@ -381,7 +382,7 @@ def _choice(eqn, values, outward):
 
 def _product(eqn, values, outward):
     x, y = values
-    bind = _product_of(eqn, outward)
+    bind = _product_of(eqn)
     (lx, ux), (ly, uy) = (x.lower, x.upper), (y.lower, y.upper)
     ones = jnp.ones(eqn.outputs[0].shape, lx.dtype)
 

@@ -18,17 +18,15 @@ import jax.numpy as jnp
 from jaxcert.bounds.backward import ancestors
 from jaxcert.bounds.hidden import least_values, refined, with_dust
 from jaxcert.bounds.interpreter import operand
-from jaxcert.bounds.interval import interval_bounds
-from jaxcert.bounds.linear import Goal, Hidden, bounder, crown, depends_on_input
+from jaxcert.bounds.linear import Goal, Hidden, bounder, crown, walking
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import LINES, lines
 from jaxcert.bounds.rounding import UNIT
-from jaxcert.bounds.transform import Bound, transform
+from jaxcert.bounds.transform import Bound
 from jaxcert.bounds.walk import BoundHidden, Walk, cast, meet
-from jaxcert.graph import Equation, Graph, Var
+from jaxcert.graph import Equation, Var
 from jaxcert.model import Model
-from jaxcert.rows import Rows
-from jaxcert.sets import Array, Box, InputSet
+from jaxcert.sets import Array, Box
 from jaxcert.specs import Spec
 
 
@@ -80,22 +78,10 @@ def alpha_crown(
     options = _Options(
         bounder(hidden, None, chunk), steps, joint, optimiser or optax.adam(0.35), chunk
     )
-    return transform(f, outward, functools.partial(_bound, options=options))
+    return walking(f, outward, functools.partial(_bound, options=options))
 
 
-def _bound(
-    graph: Graph,
-    rows: dict[Var, Rows],
-    region: InputSet,
-    spec: Spec | None,
-    outward: bool,
-    *,
-    options: _Options,
-) -> Box:
-    known = interval_bounds(graph, rows, region, spec, outward)
-    if not depends_on_input(graph):
-        return known
-    walk = Walk(graph, rows, region, outward)
+def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
     walk.run(options.bound)
     goal = Goal(walk, spec)
     if options.joint:
@@ -109,7 +95,7 @@ def _bound(
     best = _best(values, _zeros(walk, free, (2 * len(goal.form.rows),)), options, options.steps)
     half = len(best) // 2
     box = goal.shaped(with_dust(walk, Box(best[:half].T, -best[half:].T), walk.dust[:, None]))
-    return meet(known, box if spec is not None else meet(walk.boxes[walk.output], box))
+    return box if spec is not None else meet(walk.boxes[walk.output], box)
 
 
 def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Walk:
@@ -118,7 +104,8 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     One weight for each hidden layer that is bounded and each function behind it, shared by the
     layer's rows.
     """
-    behind = [list(_behind(walk, v, _free_lines(walk))) for v in walk.refined]
+    free = _free_lines(walk)
+    behind = [list(_behind(walk, v, free)) for v in walk.refined]
     start = [[jnp.zeros(w.shape, walk.dtype) for w in layer] for layer in behind]
 
     def values(weights: list[list[Array]]) -> tuple[Array, Any]:

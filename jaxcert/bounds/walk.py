@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxcert.bounds.backward import Net
 from jaxcert.bounds.concretise import box_of
-from jaxcert.bounds.expand import Expanded, expand
+from jaxcert.bounds.expand import CLAMPED, Expanded, expand
 from jaxcert.bounds.interpreter import Value, apply_rule, lower, operand, upper
 from jaxcert.bounds.planes import CONSTANT, Planes, is_affine, planes_of, products, with_rounding
 from jaxcert.bounds.relaxations import LINES
@@ -104,7 +104,18 @@ class Walk:
         values = [operand(self.boxes, a, self.outward) for a in eqn.inputs]
         (known,) = apply_rule(eqn, values, self.outward)
         unknown = jnp.isnan(known.lower) | jnp.isnan(known.upper)
+        if eqn.name in CLAMPED:
+            unknown |= self._below_least(eqn.inputs[0], out)
         self.boxes[out] = unless(unknown, meet(self.boxes[out], known))
+
+    def _below_least(self, x: Any, out: Var) -> Array:
+        """Where an example's x may be beyond the least number of its type or its negative, which
+        stand for infinity in an expansion: a proof's float64 reaches further than a float32 model.
+        """
+        box, least = self.boxes[x], float(jnp.finfo(x.dtype).min)
+        below = (box.lower < least) & (box.upper > -jnp.inf)
+        below |= (box.upper > -least) & (box.lower < jnp.inf)
+        return self.net.spread(self.net.per_example(below[None] * 1.0, x)[0] > 0, out)
 
     def _add_planes(self, eqn: Equation, values: Sequence[Value]) -> None:
         level = _spread_after(eqn, [self._spread[a] for a in _bounded(eqn)])

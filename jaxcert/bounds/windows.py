@@ -21,15 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcert.bounds import convolution
-from jaxcert.bounds.backward import Net, ancestors, scaled
+from jaxcert.bounds.backward import RESHAPES, Net, ancestors, memory, scaled
 from jaxcert.bounds.concretise import box_of, least
-from jaxcert.bounds.geometry import RESHAPES, Geometry, Span, Window, sizes
+from jaxcert.bounds.geometry import Geometry, Span, Window, sizes
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.products import exact_products
 from jaxcert.graph import Equation, Var
 from jaxcert.sets import Array, Box, InputSet, LinfBall, per_example
-
-_CACHE = 2**19  # bytes of rows worked on at a time
 
 
 def bounds_by_window(
@@ -78,7 +76,7 @@ def bounds_by_window(
         return least(nearby, rows, outward)[:, 0] + offset
 
     widest = max(math.prod(sizes(w)) for w in where.windows.values())
-    values = _mapped(one, where, 2 * count * widest)
+    values = _mapped(one, where, 2 * count * widest * unit.dtype.itemsize)
     low, negated = _as_maps(values.reshape(*where.grid, 2, *sizes(window)), where, start)
     return low, -negated
 
@@ -92,13 +90,13 @@ def _as_maps(values: Array, where: Geometry, start: Var) -> Array:
     return jnp.moveaxis(values, front, 0).transpose(0, *(1 + i for i in back))
 
 
-def _mapped(one: Any, where: Geometry, rows: int) -> Array:
-    """one(position) for all positions, as many at a time as fit the cache."""
+def _mapped(one: Any, where: Geometry, bytes_each: int) -> Array:
+    """one(position) for all positions, as many at a time as fit."""
     index = jnp.stack(
         [i.reshape(-1) for i in jnp.meshgrid(*map(jnp.arange, where.grid), indexing="ij")], -1
     )
     total = len(index)
-    chunk = max(1, min(total, _CACHE // (4 * rows)))
+    chunk = max(1, min(total, memory() // bytes_each))
     steps = -(-total // chunk)
     if steps == 1:
         return jax.vmap(one)(index)
