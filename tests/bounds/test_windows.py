@@ -201,7 +201,7 @@ def test_windows_in_several_chunks(monkeypatch):
     from jaxcert.bounds import windows as module
 
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (2, 6, 5, 2)), jnp.float32)
-    monkeypatch.setattr(module, "_CACHE", 2**14)
+    monkeypatch.setattr(module, "memory", lambda: 2**14)
     windows, dense, used = _both(monkeypatch, padding_after_a_bias, LinfBall(x, EPS))
     assert used > 0
     _close(windows, dense)
