@@ -160,23 +160,29 @@ def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
     """What the planes' offsets add to the rows and, if mirrored, to their negatives."""
     if plane.below is None and plane.above is None:
         return jnp.zeros((), form.rows.dtype)
-    positive, negative = jnp.maximum(form.rows, 0), jnp.minimum(form.rows, 0)
 
-    def total(a: Array | None, b: Array | None) -> Array:  # of positive a + negative b
-        if a is b:
-            return net.per_example(scaled(form.rows, a), v)
-        parts = [scaled(p, t) for p, t in ((positive, a), (negative, b)) if t is not None]
-        return net.per_example(functools.reduce(jnp.add, parts), v)
+    def total(rows: Array) -> Array:
+        return net.per_example(on_offsets(rows, plane.below, plane.above), v)
 
-    below = total(plane.below, plane.above)
     if not form.mirrored:
-        return below
-    return jnp.concatenate([below, -total(plane.above, plane.below)])
+        return total(form.rows)
+    low = total(form.rows)
+    return jnp.concatenate([low, -low if plane.below is plane.above else total(-form.rows)])
 
 
-def scaled(rows: Array, offset: Any) -> Array:
-    """rows times an offset. Where a row is 0 an infinite one does not matter; NaN always does."""
-    return jnp.where((rows == 0) & ~jnp.isnan(offset), 0, rows * offset)
+def facing(rows: Array, lower: Any, upper: Any) -> Any:
+    """What each coefficient meets: the upper side of a plane where it is negative, or the lower."""
+    return lower if lower is upper else jnp.where(rows < 0, upper, lower)
+
+
+def on_offsets(rows: Array, below: Array | None, above: Array | None) -> Array:
+    """rows times the offsets they meet. Where a row is 0 an infinite one does not matter; an
+    unknown one (NaN) always does.
+    """
+    low, high = (jnp.zeros(()) if t is None else t for t in (below, above))
+    unless_known = jnp.where(jnp.isnan(low) | jnp.isnan(high), jnp.nan, 0.0)
+    offset = low if below is above else facing(rows, low, high)
+    return jnp.where(rows == 0, unless_known, rows * offset)
 
 
 RESHAPES = frozenset(["reshape", "squeeze"])  # their transposes are reshapes
@@ -202,7 +208,7 @@ def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...
     if plane.affine:
         return pull(plane.lower, form.rows)
     if plane.apply is jnp.multiply:  # weights may differ from row to row
-        return (jnp.maximum(form.rows, 0) * plane.lower + jnp.minimum(form.rows, 0) * plane.upper,)
+        return (form.rows * facing(form.rows, plane.lower, plane.upper),)
     lower = pull(plane.lower, jnp.maximum(form.rows, 0))
     upper = pull(plane.upper, jnp.minimum(form.rows, 0))
     return tuple(a + b for a, b in zip(lower, upper, strict=True))

@@ -10,6 +10,8 @@ with phi(d) = d^2 / 2 for L2 and |d| for L1, is a lower bound, whatever t; the b
 bisection. t = 0 is the box alone, so the result is never worse than either.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -27,9 +29,24 @@ def box_of(region: InputSet, outward: bool) -> Box:
     return box
 
 
+def around_centre(region: InputSet) -> tuple[InputSet, Array]:
+    """A set that contains x - c for each x of the region, and c."""
+    if isinstance(region, Box):
+        centre = region.lower / 2 + region.upper / 2
+        return _less(region, centre), centre
+    valid = None if region.valid is None else _less(region.valid, region.x)
+    return dataclasses.replace(region, x=jnp.zeros_like(region.x), valid=valid), region.x
+
+
+def _less(box: Box, centre: Array) -> Box:
+    moved = Box(box.lower - centre, box.upper - centre)
+    return rounding.widen(moved, rounding.ARITHMETIC)
+
+
 def least(region: InputSet, rows: Array, outward: bool) -> Array:
     """Lower bounds (r, b) of rows (r, b, *input) over each example's set."""
     box = box_of(region, outward)
+    rows = rows.astype(box.lower.dtype)
     centre, radius = box.lower / 2 + box.upper / 2, box.upper / 2 - box.lower / 2
     axes = tuple(range(2, rows.ndim))
     n = rows[0, 0].size

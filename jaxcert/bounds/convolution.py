@@ -8,17 +8,19 @@ result they are for. So the transpose is one convolution of stride 1 with s^d ti
 or for small maps one matrix product and an overlapping sum, and then a shuffle of axes.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcert.graph import Equation
 from jaxcert.sets import Array
 
+_EXACT = lax.Precision.HIGHEST
 _SMALL = 2**19  # products up to which, in the cache, a matrix product is faster
 
 
@@ -75,21 +77,14 @@ def _on_channels_last(
     split = [n for pair in zip(q, strides, strict=True) for n in pair]
     kernel = kernel.reshape(*split, ci, co)  # (q1, s1, q2, s2, ..., ci, co)
     qs, ss = range(0, 2 * d, 2), range(1, 2 * d, 2)
-    options: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
     if math.prod(rows.shape[:-1]) * math.prod(split) * ci <= _SMALL:
         weight = kernel.transpose(2 * d + 1, *qs, *ss, 2 * d).reshape(co, -1)
-        flat = lax.dot_general(rows.reshape(-1, co), weight, (((1,), (0,)), ((), ())), **options)
+        flat = lax.dot_general(rows.reshape(-1, co), weight, (((1,), (0,)), ((), ())), _EXACT)
         flat = flat.reshape(*rows.shape[:-1], *q, -1)
         result = _overlapping_sum(flat, q)
     else:
-        weight = jnp.flip(kernel, qs).transpose(*qs, 2 * d + 1, *ss, 2 * d)
-        weight = weight.reshape(*q, co, -1)
-        axes = "".join(chr(ord("a") + i) for i in range(d))
-        numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-        result = lax.conv_general_dilated(
-            rows, weight, (1,) * d, [(n - 1, n - 1) for n in q], dimension_numbers=numbers,
-            **options,
-        )  # fmt: skip
+        weight = kernel.transpose(*qs, 2 * d + 1, *ss, 2 * d).reshape(*q, co, -1)
+        result = _fast_full(rows, weight)
     covered = result.shape[1:-1]
     result = result.reshape(-1, *covered, *strides, ci)
     shuffled = [0, *(1 + i + j for i in range(d) for j in (0, d)), 2 * d + 1]
@@ -113,3 +108,39 @@ def _overlapping_sum(parts: Array, q: Sequence[int]) -> Array:
         pads = [(t, n - 1 - t) for t, n in zip(tap, q, strict=True)]
         total = total + jnp.pad(part, [(0, 0), *pads, (0, 0)])
     return total  # type: ignore[return-value]
+
+
+def _full(rows: Array, weight: Array) -> Array:
+    """The full convolution of rows (n, *out, co) with taps (*q, co, c): (n, *(out + q - 1), c)."""
+    pads = [(n - 1, n - 1) for n in weight.shape[:-2]]
+    return _correlated(rows, jnp.flip(weight, range(len(pads))), pads)
+
+
+# JAX's own derivative by the rows would exchange the kernel's last axes in the convolution's
+# parameters, which is slow inside of a loop as well: here they are exchanged in the kernel.
+
+
+def _full_forward(rows: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _full(rows, weight), (rows, weight)
+
+
+def _full_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    rows, weight = saved
+    pads = [(0, 0)] * (weight.ndim - 2)
+    by_rows = _correlated(cotangent, jnp.swapaxes(weight, -1, -2), pads)
+    (by_weight,) = jax.vjp(functools.partial(_full, rows), weight)[1](cotangent)
+    return by_rows, by_weight
+
+
+_fast_full = jax.custom_vjp(_full)
+_fast_full.defvjp(_full_forward, _full_backward)
+
+
+def _correlated(x: Array, kernel: Array, pads: Sequence[tuple[int, int]]) -> Array:
+    """A convolution of stride 1 as networks use it, channels last."""
+    axes = "".join(chr(ord("a") + i) for i in range(len(pads)))
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return lax.conv_general_dilated(
+        x, kernel, (1,) * len(pads), pads, dimension_numbers=numbers,
+        precision=_EXACT,
+    )  # fmt: skip

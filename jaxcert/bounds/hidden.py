@@ -37,8 +37,11 @@ def refined(
     planes = walk.planes if planes is None else planes
     where = geometry(net, planes, v)
     if where is not None:
-        low, high = bounds_by_window(net, planes, v, where, walk.region, walk.outward, walk.dtype)
-        return with_dust(walk, Box(low, high), net.spread(walk.dust, v))
+        low, high = bounds_by_window(
+            net, planes, v, where, walk.around, walk.outward, walk.rows_dtype
+        )
+        centre = walk.centres.get(v, 0.0)
+        return with_dust(walk, Box(low + centre, high + centre), net.spread(walk.dust, v))
     index = jnp.arange(math.prod(net.outer_and_inner(v)))
     low, high = _in_chunks(walk, v, index, chunk, planes)
     return Box(entries(net, low, v), entries(net, high, v))
@@ -75,7 +78,7 @@ def _in_chunks(
     chunk = chunk or _rows_that_fit(walk, v)
 
     def some(index: Array) -> tuple[Array, Array]:
-        return concretised(walk, v, unit_rows(walk.net, v, index, walk.dtype), planes)
+        return concretised(walk, v, unit_rows(walk.net, v, index, walk.rows_dtype), planes)
 
     if chunk >= size:
         return some(index)
@@ -98,7 +101,7 @@ def concretised(
 def least_values(walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]) -> Array:
     """Lower bounds (2 r, b) of mirrored rows on v and of their negatives; without the dust."""
     rows, offset = pull_back(walk.net, planes, v, form)
-    return least(walk.region, rows, walk.outward) + offset
+    return least(walk.around, rows, walk.outward) + offset + walk.at_centre(v, form)
 
 
 def with_dust(walk: Walk, box: Box, dust: Array) -> Box:
@@ -112,4 +115,4 @@ def _rows_that_fit(walk: Walk, v: Var) -> int:
     """Rows whose coefficients, of both signs for all examples, take up about `memory()` bytes."""
     widest = max(math.prod(w.shape) for w in walk.planes) if walk.planes else 1
     widest = max(widest, math.prod(walk.net.input.shape))
-    return max(1, memory() // (2 * widest * walk.dtype.itemsize))
+    return max(1, memory() // (2 * widest * walk.rows_dtype.itemsize))

@@ -6,16 +6,7 @@ An affine equation is its own plane, above and below; its transpose comes from J
 is written by hand here but which of its operands are weights. A nonlinear function of one operand
 has two lines (`relaxations.py`); functions of several operands have planes of their own, below.
 
-**Rounding.** A linear bound is a chain of inequalities C y >= sum_v A_v v + beta in which the
-stored floats A_v stand for themselves. Pulling A through y = W x + t replaces A W by fl(A W), and
-
-    A W x + A t  >=  fl(A W) x + fl(A t) - |A| (gamma (|W| |x| + |t|)),
-
-because each entry of fl(A W) errs by at most gamma |A| |W|, and |x| is bounded by the box of x
-(Higham, section 3.1). The error is |A| times a vector that does not depend on A: it is the same as
-lowering t by that vector where A > 0 and raising it where A < 0. So a proof gives every equation,
-affine or not, a `below` and an `above` that far apart, and the propagation itself need not know.
-This residual form multiplies gamma by the actual sizes of activations and does not compound.
+Rounding is counted by moving `below` and `above` apart (`residual.py`).
 """
 
 import dataclasses
@@ -88,7 +79,7 @@ def is_affine(eqn: Equation) -> bool:
         return len(_bounded(eqn)) == 1 and (eqn.name != "div" or _bounded(eqn)[0] == 0)
     if eqn.name == "select_n":
         return not _is_bounded(eqn.inputs[0])
-    return eqn.name in _MOVES | _SUMS | _JOINS and eqn.inputs[0].dtype != jnp.bool_
+    return eqn.name in ONE_TERM and eqn.inputs[0].dtype != jnp.bool_
 
 
 def _is_bounded(atom: Any) -> bool:
@@ -101,82 +92,6 @@ def _bounded(eqn: Equation) -> list[int]:
 
 def _operands(eqn: Equation) -> tuple[Var, ...]:
     return tuple(eqn.inputs[i] for i in _bounded(eqn))  # type: ignore[misc]
-
-
-# --- Rounding -------------------------------------------------------------------------------------
-
-
-def with_rounding(
-    planes: Planes, eqn: Equation, sizes: Sequence[Array], uses: int, terms: int
-) -> Planes:
-    """The planes with the rounding of everything that will be pulled through them.
-
-    Args:
-      planes: valid in real arithmetic.
-      eqn: their equation.
-      sizes: max |x| for each operand.
-      uses: by how many equations an operand is read at most, whose rows are added up.
-      terms: how many numbers an offset is added up with.
-    """
-    n = products(eqn) + uses - 1
-    own = n + sum(size.size for size in sizes)  # sums in the slack itself
-
-    def slack(weight, offset):
-        middle, error = _middle_and_error(weight)
-        parts = []
-        if n and planes.operands:
-            parts.append(rounding.gamma(n) * planes.apply(absolute(middle), *sizes))
-        if error is not None:
-            parts.append(planes.apply(error, *sizes) * (1 + rounding.gamma(n)))
-        if offset is not None:
-            parts.append(rounding.gamma(terms) * jnp.abs(offset))
-        total = rounding.inflate(functools.reduce(jnp.add, parts), own) if parts else None
-        return middle, total
-
-    lower_weight, low = slack(planes.lower, planes.below)
-    upper_weight, high = lower_weight, low
-    if not planes.affine or planes.below is not planes.above:
-        upper_weight, high = slack(planes.upper, planes.above)
-    if planes.affine:
-        upper_weight = lower_weight
-    below = _total(planes.below, low, -1)
-    above = _total(planes.above, high, 1)
-    return dataclasses.replace(
-        planes, lower=lower_weight, upper=upper_weight, below=below, above=above
-    )
-
-
-def _total(offset: Array | None, slack: Array | None, sign: int) -> Array | None:
-    if slack is None:
-        return offset
-    return sign * slack if offset is None else offset + sign * slack
-
-
-def products(eqn: Equation) -> int:
-    """How many products or copies make up one entry of a pulled-back row, at most."""
-    out = math.prod(eqn.outputs[0].shape)
-    if eqn.name == "conv_general_dilated":
-        spec = eqn.params["dimension_numbers"].rhs_spec
-        return math.prod(eqn.inputs[1].shape) // eqn.inputs[1].shape[spec[1]]
-    if eqn.name in ("dot_general", "gather", "tile", "broadcast_in_dim", "cumsum"):
-        return out + 4
-    if eqn.name == "reduce_window_sum":
-        return math.prod(eqn.params["window_dimensions"])
-    return 0 if eqn.name in _MOVES | _SUMS | _JOINS else 4
-
-
-def _middle_and_error(weight: Any) -> tuple[Any, Any]:
-    """A weight that was itself rounded, as a float array and its largest deviation."""
-    if not isinstance(weight, Box):
-        return weight, None
-    middle = weight.lower / 2 + weight.upper / 2
-    error = jnp.maximum(weight.upper - middle, middle - weight.lower)
-    return middle, rounding.inflate(error, 1)
-
-
-def absolute(weight: Any) -> Any:
-    """The sizes of all arrays of a weight."""
-    return jax.tree.map(jnp.abs, weight)
 
 
 # --- Affine equations -----------------------------------------------------------------------------
@@ -192,6 +107,8 @@ _MOVES = frozenset(
 _SUMS = frozenset("add sub neg".split())  # constants are terms
 _JOINS = frozenset("select_n concatenate stack pad".split())  # constants are entries
 _SCALES = frozenset("mul div dot_general conv_general_dilated".split())  # constants are factors
+ONE_TERM = _MOVES | _SUMS | _JOINS  # rows are moved, and added up only by further readers
+EXACT = ONE_TERM - {"reduce_sum", "reduce_window_sum", "cumsum", "add", "sub"}  # nothing is rounded
 _CASTS = frozenset("convert_element_type reduce_precision stop_gradient copy".split())
 
 
@@ -301,6 +218,11 @@ def _product_of(eqn: Equation) -> Callable[[Array, Array], Array]:
     return lambda x, y: eqn.bind(x, y, **options)[0]
 
 
+def absolute(weight: Any) -> Any:
+    """The sizes of all arrays of a weight."""
+    return jax.tree.map(jnp.abs, weight)
+
+
 def _linear(eqn: Equation, apply: Callable[..., Array], weight: Any) -> Planes:
     return Planes(_operands(eqn), apply, weight, weight)
 
@@ -363,9 +285,7 @@ def _choice(eqn, values, outward):
             )
 
     def apply(weights, *xs):
-        return functools.reduce(
-            jnp.add, [w * x for w, x in zip(weights, xs, strict=True)], jnp.zeros((), dtype)
-        )
+        return functools.reduce(jnp.add, [w * x for w, x in zip(weights, xs, strict=True)], 0.0)
 
     operands = tuple(eqn.inputs[i] for i in places)
     return Planes(operands, apply, weights, weights, below, above)

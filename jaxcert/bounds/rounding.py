@@ -40,14 +40,19 @@ def widen(box: Box, units: float) -> Box:
     return Box(lower, upper)
 
 
-def gamma(n: int) -> float:
-    """gamma_n = n u / (1 - n u), rounded up."""
-    return 1.001 * n * UNIT / (1 - n * UNIT)
+def gamma(n: int, unit: float = UNIT) -> float:
+    """gamma_n = n u / (1 - n u), rounded up; for n u >= 1/2 there is no such bound."""
+    return 1.001 * n * unit / (1 - n * unit) if 2 * n * unit < 1 else float("inf")
 
 
 def inflate(error: Array, n: int) -> Array:
     """An error bound >= 0 that itself came out of an n-term sum, raised above its exact value."""
     return error * (1 + 2 * gamma(n + 4)) + 4 * (n + 1) * TINY
+
+
+def unit(dtype: Any) -> float:
+    """The unit roundoff of a float type."""
+    return float(jnp.finfo(dtype).eps) / 2
 
 
 def narrow(box: Box, dtype: Any) -> Box:

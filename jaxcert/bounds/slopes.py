@@ -20,10 +20,10 @@ from jaxcert.bounds.hidden import least_values, refined, with_dust
 from jaxcert.bounds.interpreter import operand
 from jaxcert.bounds.linear import Goal, Hidden, bounder, crown, walking
 from jaxcert.bounds.planes import Planes
-from jaxcert.bounds.relaxations import LINES, lines
-from jaxcert.bounds.rounding import UNIT
+from jaxcert.bounds.relaxations import lines
+from jaxcert.bounds.rounding import unit
 from jaxcert.bounds.transform import Bound
-from jaxcert.bounds.walk import BoundHidden, Walk, cast, meet
+from jaxcert.bounds.walk import BoundHidden, Walk, cast, meet, size_of
 from jaxcert.graph import Equation, Var
 from jaxcert.model import Model
 from jaxcert.sets import Array, Box
@@ -48,12 +48,13 @@ def alpha_crown(
     joint: int = 0,
     optimiser: Any = None,
     chunk: int | None = None,
+    coefficients: Any = jnp.float64,
 ) -> Bound:
     """Linear bounds of f with optimised slopes; never looser than `crown` with the same hidden
     bounds.
 
     Args:
-      f, outward, chunk: as for `crown`.
+      f, outward, chunk, coefficients: as for `crown`.
       hidden: `crown` or `crown_ibp`, whose hidden bounds are used, or boxes from `hidden_bounds`.
       steps: of gradient ascent on the rows of the spec, lower and upper bounds in one pass.
       joint: of gradient ascent through all hidden bounds, before that, where `hidden` is `crown`;
@@ -78,7 +79,7 @@ def alpha_crown(
     options = _Options(
         bounder(hidden, None, chunk), steps, joint, optimiser or optax.adam(0.35), chunk
     )
-    return walking(f, outward, functools.partial(_bound, options=options))
+    return walking(f, outward, functools.partial(_bound, options=options), coefficients)
 
 
 def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
@@ -106,7 +107,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     """
     free = _free_lines(walk)
     behind = [list(_behind(walk, v, free)) for v in walk.refined]
-    start = [[jnp.zeros(w.shape, walk.dtype) for w in layer] for layer in behind]
+    start = [[jnp.zeros(w.shape, walk.rows_dtype) for w in layer] for layer in behind]
 
     def values(weights: list[list[Array]]) -> tuple[Array, Any]:
         attempt, queue, boxes = walk.again(), iter(weights), []
@@ -135,7 +136,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
 
 def _zeros(walk: Walk, free: Mapping[Var, "_Free"], lead: tuple[int, ...]) -> list[Array]:
     """Nothing of the other lines: what `crown` itself does."""
-    return [jnp.zeros((*lead, *v.shape), walk.dtype) for v in free]
+    return [jnp.zeros((*lead, *v.shape), walk.rows_dtype) for v in free]
 
 
 def _behind(walk: Walk, v: Var, free: Mapping[Var, "_Free"]) -> dict[Var, "_Free"]:
@@ -214,17 +215,15 @@ class _Free:
 def _free_lines(walk: Walk) -> dict[Var, _Free]:
     """Each function that has lines, with others beside them."""
     found = {}
-    for v, first in walk.planes.items():
-        eqn = walk.net.makers[v]
-        if eqn.name not in LINES:
-            continue
-        second = dataclasses.replace(first, **_other_lines(walk, v, eqn, first))
+    for v, given in walk.lines.items():
+        first = walk.planes[v]
+        second = dataclasses.replace(given, **_other_lines(walk, v, walk.net.makers[v], given))
         blur = 0.0
         if walk.outward:
-            second = walk.counted(eqn, second)
-            (x,) = (walk.boxes[operand] for operand in first.operands)
-            size = jnp.maximum(jnp.abs(x.lower), jnp.abs(x.upper))
-            blur = 16 * UNIT * sum(_sizes(p, size) for p in (first, second))
+            second = walk.counted(v, second)
+            (x,) = first.operands
+            size = size_of(walk.boxes[x], walk.centres.get(x))
+            blur = 16 * unit(walk.rows_dtype) * sum(_sizes(p, size) for p in (first, second))
         found[v] = _Free(first, second, blur)
     return found
 

@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxcert.bounds.backward import Net
-from jaxcert.bounds.concretise import box_of
+from jaxcert.bounds import rounding
+from jaxcert.bounds.backward import Form, Net
+from jaxcert.bounds.concretise import around_centre, box_of
 from jaxcert.bounds.expand import CLAMPED, Expanded, expand
 from jaxcert.bounds.interpreter import Value, apply_rule, lower, operand, upper
-from jaxcert.bounds.planes import CONSTANT, Planes, is_affine, planes_of, products, with_rounding
+from jaxcert.bounds.planes import CONSTANT, Planes, is_affine, planes_of
 from jaxcert.bounds.relaxations import LINES
+from jaxcert.bounds.residual import Operand, Use, products, with_rounding
 from jaxcert.bounds.rules import unless
 from jaxcert.graph import Equation, Graph, Var
 from jaxcert.rows import Rows, check
@@ -35,9 +37,21 @@ class Walk:
       net: the expanded graph.
       boxes: what is known of each variable.
       planes: around each bounded variable, functions of others.
+      lines: those of the planes that are lines, before their rounding is counted.
+      dtype: of boxes and offsets.
+      rows_dtype: of coefficients.
+      centres: from which the planes' distances are, where these types differ (`residual.py`).
+      around: the region, around its centre if there are centres.
     """
 
-    def __init__(self, graph: Graph, rows: Mapping[Var, Rows], region: InputSet, outward: bool):
+    def __init__(
+        self,
+        graph: Graph,
+        rows: Mapping[Var, Rows],
+        region: InputSet,
+        outward: bool,
+        coefficients: Any = jnp.float64,
+    ):
         self.expanded: Expanded = expand(graph)
         graph = self.expanded.graph
         batch = graph.inputs[0].shape[0]
@@ -46,16 +60,25 @@ class Walk:
         makers = {out: eqn for eqn in graph.equations for out in eqn.outputs if out.bounded}
         self.net = Net(graph, rows, batch, makers)
         self.region, self.outward = region, outward
+        self._coefficients = coefficients
+        if outward and coefficients == jnp.float32:
+            _check_products(graph)
         self._readers = _count_readers(graph)
         self._start()
 
     def _start(self) -> None:
         x, box = self.net.input, box_of(self.region, self.outward)
         self.dtype = box.lower.dtype
+        self.rows_dtype = jnp.dtype(self._coefficients if self.outward else self.dtype)
         self.boxes: dict[Var, Value] = {x: box}
         self.planes: dict[Var, Planes] = {}
+        self.lines: dict[Var, Planes] = {}
+        self.centres: dict[Var, Array] = {}
+        self.around = self.region
+        if self.rows_dtype != self.dtype:
+            self.around, self.centres[x] = around_centre(self.region)
         self.refined: list[Var] = []  # what was bounded by the caller, in order
-        self.dust: Any = jnp.zeros(self.net.batch, self.dtype)  # see `counted`
+        self.dust: Any = jnp.full(self.net.batch, 2.0**-960 if self.outward else 0.0, self.dtype)
         self._spread = {x: 0 if isinstance(self.region, Box | LinfBall) else 2}
 
     def again(self) -> "Walk":
@@ -126,34 +149,77 @@ class Walk:
         for out, plane in zip(eqn.outputs, found, strict=True):
             if eqn.name in LINES:
                 plane = or_constant(plane, self.boxes[out])
-            if out in self.expanded.originals:
+            if eqn.name in LINES or out in self.expanded.originals:
                 plane = _unknown_with(plane, self.boxes[out])
-            self.planes[out] = self.counted(eqn, plane) if self.outward else plane
+            if eqn.name in LINES:
+                self.lines[out] = plane
+            self.planes[out] = self.counted(out, plane) if self.outward else plane
 
-    def counted(self, eqn: Equation, plane: Planes) -> Planes:
+    def counted(self, out: Var, plane: Planes) -> Planes:
         """The plane with its rounding, in a proof.
 
-        Products that are flushed to zero do not scale with the rows: for each example, `dust` adds
-        up what they can amount to, 2^-1022 times the sizes and far fewer than 2^42 times over.
+        Numbers that are flushed to zero do not scale with the rows: for each example, `dust` adds
+        up what they can amount to, the smallest normal number (2^-1022, or 2^-126 for float32 rows)
+        times the sizes and far fewer than 2^42 times over; and 2^-960 for offsets.
         """
+        eqn = self.net.makers[out]
+        readers = max((self._readers[x] for x in plane.operands), default=1)
+        centres = [self.centres.get(x) for x in plane.operands]
         sizes = [
-            jnp.maximum(jnp.abs(lower(box)), jnp.abs(upper(box)))
-            for box in (self.boxes[x] for x in plane.operands)
+            size_of(self.boxes[x], centre)
+            for x, centre in zip(plane.operands, centres, strict=True)
         ]
         if plane.elementwise:  # what is multiplied by 0 may be as large as it likes
             sizes = [jnp.where((plane.lower != 0) | (plane.upper != 0), sizes[0], 0)]
-        if products(eqn):
+        if products(eqn) or readers > 1:
+            double = self.rows_dtype == jnp.float64
             for x, size in zip(plane.operands, sizes, strict=True):
-                part = self.net.per_example(_unless_mask(size)[None], x)[0]
-                self.dust = self.dust + part * 2.0**-980
-        uses = max((self._readers[x] for x in plane.operands), default=1)
+                size = _unless_mask(size) if double else size
+                part = self.net.per_example(size[None], x)[0]
+                self.dust = self.dust + part * (2.0**-980 if double else 2.0**-84)
         terms = math.prod(eqn.outputs[0].shape) + len(self.net.graph.equations)
-        return with_rounding(plane, eqn, sizes, uses, terms)
+        operands = [Operand(s, c) for s, c in zip(sizes, centres, strict=True)]
+        use = Use(readers, terms, self.rows_dtype)
+        plane, centre = with_rounding(plane, eqn, operands, use, self.centres.get(out))
+        if centre is not None:
+            self.centres[out] = centre
+        return plane
+
+    def at_centre(self, v: Var, form: Form) -> Array:
+        """What is left of mirrored rows on v beside distances from its centre: lower bounds (2 r,
+        b) of rows times the centre and of the negatives."""
+        if v not in self.centres:
+            return jnp.zeros((), self.dtype)
+        terms = form.rows * self.centres[v]
+        n = math.prod(v.shape)
+        error = rounding.gamma(n) * self.net.per_example(jnp.abs(terms), v)
+        error = rounding.inflate(error, n)
+        total = self.net.per_example(terms, v)
+        return jnp.concatenate([total - error, -total - error])
+
+
+def size_of(box: Box, centre: Array | None) -> Array:
+    """The largest |x|, or the largest distance from a centre."""
+    low, high = lower(box), upper(box)
+    if centre is not None:
+        distance = jnp.maximum(high - centre, centre - low)
+        return distance * (1 + 8 * rounding.UNIT) + 4 * rounding.TINY
+    return jnp.maximum(jnp.abs(low), jnp.abs(high))
+
+
+def _check_products(graph: Graph) -> None:
+    """Refuse float32 convolutions whose algorithm is not known to be a sum of products."""
+    backend = jax.default_backend()
+    if backend != "cpu" and any(e.name == "conv_general_dilated" for e in graph.equations):
+        raise ValueError(
+            f"float32 convolutions on {backend} may take algorithms (Winograd's, Fourier's) whose "
+            "rounding this proof does not count: use coefficients=jnp.float64"
+        )
 
 
 def _unknown_with(plane: Planes, box: Box) -> Planes:
     """The plane, unknown (NaN) where its variable is."""
-    unknown = jnp.where(jnp.isnan(box.lower), jnp.nan, 0.0)
+    unknown = jnp.where(jnp.isnan(box.lower) | jnp.isnan(box.upper), jnp.nan, 0.0)
     offsets = [0.0 if t is None else t for t in (plane.below, plane.above)]
     return dataclasses.replace(plane, below=offsets[0] + unknown, above=offsets[1] + unknown)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcert.bounds import convolution
-from jaxcert.bounds.backward import RESHAPES, Net, ancestors, memory, scaled
+from jaxcert.bounds.backward import RESHAPES, Net, ancestors, facing, memory, on_offsets
 from jaxcert.bounds.concretise import box_of, least
 from jaxcert.bounds.geometry import Geometry, Span, Window, sizes
 from jaxcert.bounds.planes import Planes
@@ -240,16 +240,14 @@ def _one_example(region: InputSet) -> InputSet:
 def _offsets(below: Array | None, above: Array | None, rows: Array, single: bool) -> Array:
     if below is None and above is None:
         return jnp.zeros((), rows.dtype)
-    axes = tuple(range(1, rows.ndim))
-    positive, negative = jnp.maximum(rows, 0), jnp.minimum(rows, 0)
 
-    def total(a, b):
-        sides = ((positive, a), (negative, b))
-        parts = [scaled(p, t) for p, t in sides if t is not None]
-        return jnp.sum(functools.reduce(jnp.add, parts), axes)
+    def total(rows: Array) -> Array:
+        return jnp.sum(on_offsets(rows, below, above), tuple(range(1, rows.ndim)))
 
-    lower = total(below, above)
-    return jnp.concatenate([lower, -total(above, below)]) if single else lower
+    low = total(rows)
+    if not single:
+        return low
+    return jnp.concatenate([low, -low if below is above else total(-rows)])
 
 
 def _transposed(
@@ -263,9 +261,8 @@ def _transposed(
     if plane.elementwise:
         if eqn.name == "reduce_max":
             rows = jnp.expand_dims(rows, [1 + axis for axis in eqn.params["axes"]])
-        if plane.affine:
-            return [rows * here[v, "lower"]]
-        return [jnp.maximum(rows, 0) * here[v, "lower"] + jnp.minimum(rows, 0) * here[v, "upper"]]
+        lower = here[v, "lower"]
+        return [rows * facing(rows, lower, lower if plane.affine else here[v, "upper"])]
     if eqn.name in RESHAPES:
         return [rows.reshape(len(rows), *shapes[0])]
     apply = _on_window(eqn, plane, where.windows[v], where.edges[v, 0])
