@@ -40,8 +40,11 @@ def refined(
         low, high = bounds_by_window(
             net, planes, v, where, walk.around, walk.outward, walk.rows_dtype
         )
-        centre = walk.centres.get(v, 0.0)
-        return with_dust(walk, Box(low + centre, high + centre), net.spread(walk.dust, v))
+        box = Box(low, high)
+        if v in walk.centres:
+            box = rounding.widen(box, rounding.ARITHMETIC)
+            box = Box(box.lower + walk.centres[v], box.upper + walk.centres[v])
+        return with_dust(walk, box, net.spread(walk.dust, v))
     index = jnp.arange(math.prod(net.outer_and_inner(v)))
     low, high = _in_chunks(walk, v, index, chunk, planes)
     return Box(entries(net, low, v), entries(net, high, v))
@@ -101,7 +104,7 @@ def concretised(
 def least_values(walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]) -> Array:
     """Lower bounds (2 r, b) of mirrored rows on v and of their negatives; without the dust."""
     rows, offset = pull_back(walk.net, planes, v, form)
-    return least(walk.around, rows, walk.outward) + offset + walk.at_centre(v, form)
+    return walk.from_centre(v, form, least(walk.around, rows, walk.outward) + offset)
 
 
 def with_dust(walk: Walk, box: Box, dust: Array) -> Box:

@@ -23,7 +23,7 @@ from jaxcert.bounds.hidden import concretised, refined, refined_where_unsure, wi
 from jaxcert.bounds.interval import ibp, interval_bounds
 from jaxcert.bounds.last_layer import spec_matrix
 from jaxcert.bounds.transform import Bound, Method, transform
-from jaxcert.bounds.walk import BoundHidden, Walk, meet
+from jaxcert.bounds.walk import BoundHidden, Walk, meet, size_of
 from jaxcert.graph import Var
 from jaxcert.model import Model
 from jaxcert.sets import Array, Box, InputSet
@@ -290,18 +290,24 @@ class Goal:
 def shifted(walk: Walk, spec: Spec, box: Box) -> Box:
     """Bounds (b, s) on the rows of a spec with its offset added."""
     offset = jnp.broadcast_to(jnp.asarray(spec.offset, box.lower.dtype), box.lower.shape)
-    lost = _lost_in_rows(walk, spec) if walk.rows_dtype != walk.dtype else 0.0
-    box = Box(box.lower + offset - lost, box.upper + offset + lost)
+    box = Box(box.lower + offset, box.upper + offset)
+    if walk.centres:
+        lost = _lost_in_rows(walk, spec)
+        box = rounding.widen(box, rounding.ARITHMETIC)
+        box = Box(box.lower + lost.lower, box.upper + lost.upper)
     return rounding.widen(box, rounding.ARITHMETIC) if walk.outward else box
 
 
-def _lost_in_rows(walk: Walk, spec: Spec) -> Array:
-    """What a spec's rows lose when they are rounded to the type of coefficients: the difference,
-    which is exact, times the sizes of the outputs, (b, s).
+def _lost_in_rows(walk: Walk, spec: Spec) -> Box:
+    """What a spec's rows lose when they are rounded to the type of coefficients, times the outputs,
+    (b, s). The difference itself is exact.
     """
-    output = walk.boxes[walk.output]
-    size = jnp.maximum(jnp.abs(output.lower), jnp.abs(output.upper))[:, None]
+    centre, box = walk.centres[walk.output][:, None], walk.boxes[walk.output]
+    size = size_of(box, walk.centres[walk.output])[:, None]
     matrix = spec_matrix(spec, walk.output.shape, walk.dtype)
-    difference = jnp.abs(matrix - matrix.astype(walk.rows_dtype))
-    sizes = jnp.where(difference > 0, difference * size, 0)
-    return rounding.inflate(jnp.sum(sizes, 2), size.shape[2])
+    difference = matrix - matrix.astype(walk.rows_dtype)
+    terms, k = difference * centre, size.shape[2]
+    errors = rounding.gamma(k + 4) * jnp.abs(terms)
+    errors = errors + jnp.where(difference != 0, jnp.abs(difference) * size, 0)
+    value, error = jnp.sum(terms, 2), rounding.inflate(jnp.sum(errors, 2), k)
+    return rounding.widen(Box(value - error, value + error), rounding.ARITHMETIC)

@@ -285,7 +285,8 @@ def _choice(eqn, values, outward):
             )
 
     def apply(weights, *xs):
-        return functools.reduce(jnp.add, [w * x for w, x in zip(weights, xs, strict=True)], 0.0)
+        start = jnp.zeros((), xs[0].dtype if xs else dtype)
+        return functools.reduce(jnp.add, [w * x for w, x in zip(weights, xs, strict=True)], start)
 
     operands = tuple(eqn.inputs[i] for i in places)
     return Planes(operands, apply, weights, weights, below, above)

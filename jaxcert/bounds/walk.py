@@ -185,17 +185,18 @@ class Walk:
             self.centres[out] = centre
         return plane
 
-    def at_centre(self, v: Var, form: Form) -> Array:
-        """What is left of mirrored rows on v beside distances from its centre: lower bounds (2 r,
-        b) of rows times the centre and of the negatives."""
+    def from_centre(self, v: Var, form: Form, values: Array) -> Array:
+        """Lower bounds (2 r, b) of mirrored rows on v and their negatives, given those of the rows
+        on distances from v's centre."""
         if v not in self.centres:
-            return jnp.zeros((), self.dtype)
+            return values
+        values = rounding.widen(Box(values, values), rounding.ARITHMETIC).lower
         terms = form.rows * self.centres[v]
         n = math.prod(v.shape)
-        error = rounding.gamma(n) * self.net.per_example(jnp.abs(terms), v)
+        error = rounding.gamma(n + 4) * self.net.per_example(jnp.abs(terms), v)
         error = rounding.inflate(error, n)
         total = self.net.per_example(terms, v)
-        return jnp.concatenate([total - error, -total - error])
+        return values + jnp.concatenate([total - error, -total - error])
 
 
 def size_of(box: Box, centre: Array | None) -> Array:
