@@ -9,8 +9,9 @@ are left out.
 
 - tightness: our float32 bounds against saved ones (`autolirpa_ref/NET.npz` in the data folder): the
   largest difference of an end from theirs, relative to the width there; for optimised slopes the
-  mean width, ours over theirs. "fixed" are theirs with CROWN's hidden bounds, as ours are;
-  "default" bounds every hidden layer anew in every step, at many times the cost.
+  mean width, ours over theirs. "alpha-CROWN-fix" are theirs with CROWN's hidden bounds; their
+  default, "alpha-CROWN", bounds every hidden layer anew in every step, at many times the cost.
+  "alpha, joint" are ours with two such steps before 20 with fixed hidden bounds.
 - cost: CPU seconds of a jitted call with the weights closed over, in plain jitted forward passes of
   the same net, and against each peer (above 1: the peer is slower). Where weights are arguments,
   XLA works out |W| at every call, which costs small batches most; so are those of the forward pass
@@ -18,10 +19,10 @@ are left out.
 - memory: XLA's temporary buffers of `crown` at batch 16, beside those of vmap over single examples
   with all rows at once; and a ResNet with four blocks, bounded in a process of its own.
 - compile: `crown` of six convolutions, on two cores, in wall seconds; and what a second net of the
-  same structure costs `certify`: no compilation, and no trace but that for the shape of its logits.
-- rounding: the proof (`outward=True`, float64) in times of the float32 bounds, the width that
-  rounding adds in it, relative to the plain float64 width, and the width at eps = 0, where all of
-  it is rounding.
+  same structure costs `certify`: no trace and no compilation.
+- rounding: the proof (`outward=True`), its rows of coefficients in float64 and in float32, in times
+  of the float32 bounds; the width that rounding adds in it, relative to the plain float64 width;
+  and the width at eps = 0, where all of it is rounding.
 
 Peers (`harness.Peer`) get {"net": "mlp", "batch": 16, "method": "CROWN", "closure": true}; closure
 allows them to treat weights as constants. They take turns with us and inherit our core; they are
@@ -66,6 +67,7 @@ METHODS = {
     "CROWN": crown,
     "alpha, IBP hidden": functools.partial(alpha_crown, hidden=crown_ibp),
     "alpha, CROWN hidden": alpha_crown,
+    "alpha, joint": functools.partial(alpha_crown, joint=2),
 }
 PLAIN = ("IBP", "CROWN-IBP", "CROWN")
 ARGUMENTS = ", weights as arguments"
@@ -73,6 +75,7 @@ PEER_METHODS = {  # what a peer calls the same thing, and the most examples that
     **{name: {name: 128} for name in PLAIN},
     "alpha, IBP hidden": {"alpha-IBP-lean": 16},
     "alpha, CROWN hidden": {"alpha-CROWN-fix-lean": 16, "alpha-CROWN": 1},
+    "alpha, joint": {"alpha-CROWN": 1},
 }
 
 
@@ -296,12 +299,17 @@ def tightness(case: Case, quick: bool) -> dict[str, float]:
             found[f"{method}, batch {batch}: error / width"] = float(
                 (error / (upper - lower)).max()
             )
-        width = mean_width(bound(case, "alpha, CROWN hidden")(case.ball(batch)))
-        for name, theirs in (("fixed", "alpha-CROWN-fix"), ("default", "alpha-CROWN")):
+        pairs = (
+            ("alpha, CROWN hidden", "alpha-CROWN-fix"),
+            ("alpha, CROWN hidden", "alpha-CROWN"),
+            ("alpha, joint", "alpha-CROWN"),
+        )
+        for ours, theirs in pairs:
             ends = [case.saved.get(f"b{batch}/{theirs}/{end}") for end in ("lb", "ub")]
             if ends[0] is not None:
                 saved = float((ends[1] - ends[0]).mean(dtype=float))
-                found[f"alpha, batch {batch}: width / theirs, {name}"] = width / saved
+                width = mean_width(bound(case, ours)(case.ball(batch)))
+                found[f"{ours}, batch {batch}: width / {theirs}"] = width / saved
     return found
 
 
@@ -498,42 +506,52 @@ def rounding(case: Case) -> dict[str, dict[str, float]]:
 
 
 def rounding_of(case: Case, method: str) -> dict[str, float]:
+    transform = METHODS[method]
+    single = functools.partial(transform, coefficients=jnp.float32) if transform is not ibp else ibp
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda w: w.astype("float64"), case.weights)
         ball = LinfBall(case.x[:16].astype("float64"), case.eps.astype("float64"))
         point = dataclasses.replace(ball, eps=jnp.zeros_like(ball.eps))
-        plain, proof = (
-            compiled(METHODS[method](lambda x: case.apply(weights, x), outward=outward))
-            for outward in (False, True)
-        )
-        exact, proved, at_point = (
-            [np.asarray(end) for end in (box.lower, box.upper)]
-            for box in (plain(ball), proof(ball), proof(point))
-        )
-    seconds = time_in_turn(bound(case, method), case.ball(16), plain, proof, ball)
-    width, wider, left = (upper - lower for lower, upper in (exact, proved, at_point))
-    return {
-        "float64 / float32, time": seconds["float64"] / seconds["float32"],
-        "proof / float32, time": seconds["proof"] / seconds["float32"],
-        "excess width, relative, largest": float((wider / width - 1).max()),
-        "width at eps = 0, largest": float(left.max()),
-        "largest |bound| at eps = 0": float(np.abs(at_point[1]).max()),
-    }
+
+        def net(x):
+            return case.apply(weights, x)
+
+        runs = {
+            "plain float64": compiled(transform(net)),
+            "proof": compiled(transform(net, outward=True)),
+            "proof, float32 rows": compiled(single(net, outward=True)),
+        }
+        if transform is ibp:
+            del runs["proof, float32 rows"]
+        ends = {name: [np.asarray(e) for e in ends_of(f(ball))] for name, f in runs.items()}
+        at_point = {name: [np.asarray(e) for e in ends_of(f(point))] for name, f in runs.items()}
+    seconds = time_in_turn(bound(case, method), case.ball(16), runs, ball)
+    width = {name: high - low for name, (low, high) in ends.items()}
+    found = {"plain float64 / float32, time": seconds["plain float64"] / seconds["float32"]}
+    for name in list(runs)[1:]:
+        excess = width[name] / width["plain float64"] - 1
+        low, high = at_point[name]
+        found[f"{name} / float32, time"] = seconds[name] / seconds["float32"]
+        found[f"{name}, excess width, relative, largest"] = float(excess.max())
+        found[f"{name}, width at eps = 0, largest"] = float((high - low).max())
+    found["largest |bound| at eps = 0"] = float(np.abs(at_point["proof"][1]).max())
+    return found
 
 
-def time_in_turn(fast, narrow, plain, proof, wide) -> dict[str, float]:
-    """CPU seconds of the three, in turn."""
+def ends_of(box: Any) -> tuple[Any, Any]:
+    return box.lower, box.upper
+
+
+def time_in_turn(fast: Any, narrow: Any, runs: Mapping[str, Any], wide: Any) -> dict[str, float]:
+    """CPU seconds of the float32 bound and of the others, in turn."""
 
     def doubled(f):
         with jax.enable_x64(True):
             return f(wide)
 
-    runs = {
-        "float32": lambda: fast(narrow),
-        "float64": lambda: doubled(plain),
-        "proof": lambda: doubled(proof),
-    }
-    return harness.race(runs, {}, rounds=3)
+    turns = {"float32": lambda: fast(narrow)}
+    turns |= {name: functools.partial(doubled, f) for name, f in runs.items()}
+    return harness.race(turns, {}, rounds=3)
 
 
 def print_rounding(case: Case) -> dict[str, dict[str, float]]:

@@ -189,10 +189,17 @@ def _float64(x: Array) -> Array:
     return jnp.where(subnormal, jnp.where(jnp.signbit(x), -size, size), wide)
 
 
-def output_shape(f: Model, x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of f(x) without running it; anything but float (b, k) logits raises."""
-    arrays, structure = split(f)  # rebuilt under the trace: a Flax module may touch its state
-    out = jax.eval_shape(lambda a: structure.build(arrays)(a), _spec(x))
+@functools.partial(jax.jit, static_argnums=0)
+def run(structure: Structure, arrays: list[Any], x: Array) -> Any:
+    """The model at x."""
+    return structure.build(arrays)(x)
+
+
+def output_shape(structure: Structure, arrays: list[Any], x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a model's output at x without running it, traced once per structure and
+    shapes; anything but float (b, k) logits raises.
+    """
+    out = run.eval_shape(structure, arrays, _spec(x))
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise TypeError(
             f"the model must return one array of logits (b, k), got {type(out).__name__}"

@@ -58,8 +58,8 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
     """
     region = checked(region)
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
-    k = _classes(f, centre)
     arrays, structure = split(f, centre)
+    k = _classes(structure, arrays, centre)
     prediction = _predict(structure, arrays, centre)
     # Called inside of the block: float64 inputs reach the proof whole, and transformations that
     # replay the compiled program (vmap of jit) do so in float64.
@@ -116,8 +116,8 @@ def certified_radius(
     if norm not in _BALLS:
         raise ValueError(f"norm must be one of inf, 2 and 1, got {norm}")
     region: Any = checked(_BALLS[norm](x, largest, valid))
-    k = _classes(f, region.x)
     arrays, structure = split(f, region.x)
+    k = _classes(structure, arrays, region.x)
     prediction = _predict(structure, arrays, region.x)
     setting = _Setting(structure, method, k, uses_float64(), _rules())
     with jax.enable_x64(True):
@@ -143,8 +143,8 @@ def _bisect(
     return jax.lax.fori_loop(0, steps + 1, try_next, start)[0]
 
 
-def _classes(f: Model, x: Array) -> int:
-    k = output_shape(f, x).shape[1]
+def _classes(structure: Structure, arrays: list[Any], x: Array) -> int:
+    k = output_shape(structure, arrays, x).shape[1]
     if k < 2:
         raise ValueError("the model must return at least 2 logits, (b, k) with k >= 2")
     return k

@@ -154,6 +154,8 @@ class Walk:
             if eqn.name in LINES:
                 self.lines[out] = plane
             self.planes[out] = self.counted(out, plane) if self.outward else plane
+        if self.outward and eqn.name == "add":
+            self._take_over_offsets(eqn.outputs[0])
 
     def counted(self, out: Var, plane: Planes) -> Planes:
         """The plane with its rounding, in a proof.
@@ -184,6 +186,24 @@ class Walk:
         if centre is not None:
             self.centres[out] = centre
         return plane
+
+    def _take_over_offsets(self, out: Var) -> None:
+        """Move the offsets of what a constant is added to, if nothing else reads it, to the sum.
+
+        Rows on both are the same, and one sum over them is cheaper than two.
+        """
+        plane = self.planes[out]
+        x = plane.operands[0]
+        before = self.planes.get(x)
+        if len(plane.operands) > 1 or x.shape != out.shape or self._readers[x] > 1:
+            return
+        if before is None or x in self.lines or before.below is None or before.above is None:
+            return
+        low, high = (0.0 if t is None else t for t in (plane.below, plane.above))
+        both = Box(low + before.below, high + before.above)
+        both = rounding.widen(both, rounding.ARITHMETIC)
+        self.planes[out] = dataclasses.replace(plane, below=both.lower, above=both.upper)
+        self.planes[x] = dataclasses.replace(before, below=None, above=None)
 
     def from_centre(self, v: Var, form: Form, values: Array) -> Array:
         """Lower bounds (2 r, b) of mirrored rows on v and their negatives, given those of the rows

@@ -49,7 +49,7 @@ def certify(f: Model, x: Any) -> Certificate:
     """
     checked(L2Ball(x, 0.0))
     arrays, structure = split(f, x)
-    output_shape(lambda z: structure.build(arrays)(z), x)
+    output_shape(structure, arrays, x)
     prediction = _predict(arrays, structure, x)
     mode = uses_float64()
     with jax.enable_x64(True):

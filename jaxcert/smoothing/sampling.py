@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxcert.certificate import ABSTAIN, predicted_class
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.model import Model, Structure, output_shape
+from jaxcert.model import Model, Structure, output_shape, split
 from jaxcert.smoothing.noise import Noise, no_contraction
 from jaxcert.tracing import trace_rows
 
@@ -65,7 +65,8 @@ def count_votes(
     """
     key = threefry_key(key)
     batch = jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
-    k = output_shape(f, batch).shape[1]
+    arrays, structure = split(f, batch)
+    k = output_shape(structure, arrays, batch).shape[1]
     if k < 2:
         raise ValueError(
             f"the model must tell at least 2 classes apart, got logits of shape (b, {k}); "

@@ -341,9 +341,8 @@ def test_a_second_net_of_the_same_shapes_is_not_traced_again():
         before = len(traces)
         again = certify(one, region)
         assert np.array_equal(first.radius, again.radius)
-        per_call = len(traces) - before  # shape checks only
         second = certify(other, LinfBall(inputs(seed=5), jnp.full(6, 1e-3)[0]))
-        assert len(traces) - before == 2 * per_call <= 2
+        assert len(traces) == before
         x = inputs(seed=5)
         assert np.array_equal(second.prediction, jnp.argmax(other(x), axis=1))
 
