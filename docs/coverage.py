@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 import jaxcert.bounds  # noqa: F401  (fills the tables)
-from jaxcert.bounds.expand import _REWRITES as REWRITES
+from jaxcert.bounds.expand import REWRITES
 from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.planes import CONSTANT, PLANES, is_affine
 from jaxcert.bounds.relaxations import LINES

@@ -48,7 +48,7 @@ def expand(graph: Graph) -> Expanded:
     for eqn in graph.equations:
         inputs = tuple(renamed.get(a, a) if isinstance(a, Var) else a for a in eqn.inputs)
         eqn = dataclasses.replace(eqn, inputs=inputs)
-        rewrite = _REWRITES.get(eqn.name)
+        rewrite = REWRITES.get(eqn.name)
         simpler = rewrite(eqn) if rewrite is not None and eqn.bounded else None
         if simpler is None:
             equations.append(eqn)
@@ -182,7 +182,7 @@ def _window_minimum(eqn):
     return None if largest is None else lambda x: -largest(-x)
 
 
-_REWRITES: dict[str, Callable[[Equation], Callable[..., Any] | None]] = {
+REWRITES: dict[str, Callable[[Equation], Callable[..., Any] | None]] = {
     "max": _if_all_bounded(_maximum),
     "min": _if_all_bounded(_minimum),
     "div": _quotient,
