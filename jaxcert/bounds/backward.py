@@ -35,12 +35,14 @@ class Net:
       rows: where each bounded value has its examples.
       batch: how many there are.
       makers: the equation of each variable, in order of evaluation.
+      reverse_only: see `convolution.transposed`.
     """
 
     graph: Graph
     rows: Mapping[Var, Rows]
     batch: int
     makers: Mapping[Var, Equation]
+    reverse_only: bool = False
 
     @property
     def input(self) -> Var:
@@ -198,7 +200,8 @@ def _transposed(net: Net, v: Var, plane: Planes, form: Form) -> tuple[Array, ...
     if has_fast_transpose(net.makers[v]):
         eqn = net.makers[v]
         before = [low for low, _ in eqn.params["padding"]]
-        return (transposed(eqn, plane.lower, form.rows, shapes[0], before),)  # type: ignore
+        options: Any = (shapes[0], before, net.reverse_only)
+        return (transposed(eqn, plane.lower, form.rows, *options),)
     structs = [jax.ShapeDtypeStruct(shape, form.rows.dtype) for shape in shapes]  # type: ignore
 
     def pull(weight: Any, rows: Array) -> tuple[Array, ...]:

@@ -11,7 +11,7 @@ or for small maps one matrix product and an overlapping sum, and then a shuffle 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,12 @@ def has_fast_transpose(eqn: Equation) -> bool:
 
 
 def transposed(
-    eqn: Equation, kernel: Array, rows: Array, shape: Sequence[int], before: Sequence[int]
+    eqn: Equation,
+    kernel: Array,
+    rows: Array,
+    shape: Sequence[int],
+    before: Sequence[int],
+    reverse_only: bool = False,
 ) -> Array:
     """Rows on a convolution's result as rows on its operand.
 
@@ -48,6 +53,7 @@ def transposed(
       rows: (r, *out), any batch and spatial sizes.
       shape: of one row on the operand.
       before: how much padding precedes the operand along each spatial axis.
+      reverse_only: be fast in reverse-mode differentiation, and fail in forward mode.
     """
     spec, strides = eqn.params["dimension_numbers"], eqn.params["window_strides"]
     r, (batch, features, *spatial) = len(rows), spec.out_spec
@@ -58,7 +64,8 @@ def transposed(
     out_features, in_features, *taps = spec.rhs_spec
     kernel = kernel.transpose(*taps, in_features, out_features)
     sizes = [shape[i] for i in spec.lhs_spec[2:]]
-    result = _on_channels_last(rows, kernel, strides, sizes, before)
+    full = _reverse_only_full if reverse_only else _full
+    result = _on_channels_last(full, rows, kernel, strides, sizes, before)
     result = result.reshape(r, batches, *result.shape[1:])
     batch, features, *spatial = spec.lhs_spec
     return jnp.moveaxis(result, range(1, result.ndim),
@@ -66,7 +73,12 @@ def transposed(
 
 
 def _on_channels_last(
-    rows: Array, kernel: Array, strides: Sequence[int], sizes: Sequence[int], before: Sequence[int]
+    full: Callable[[Array, Array], Array],
+    rows: Array,
+    kernel: Array,
+    strides: Sequence[int],
+    sizes: Sequence[int],
+    before: Sequence[int],
 ) -> Array:
     """(n, *out, co) and a kernel (*taps, ci, co) to (n, *sizes, ci)."""
     d = len(strides)
@@ -84,7 +96,7 @@ def _on_channels_last(
         result = _overlapping_sum(flat, q)
     else:
         weight = kernel.transpose(*qs, 2 * d + 1, *ss, 2 * d).reshape(*q, co, -1)
-        result = _fast_full(rows, weight)
+        result = full(rows, weight)
     covered = result.shape[1:-1]
     result = result.reshape(-1, *covered, *strides, ci)
     shuffled = [0, *(1 + i + j for i in range(d) for j in (0, d)), 2 * d + 1]
@@ -132,8 +144,8 @@ def _full_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array,
     return by_rows, by_weight
 
 
-_fast_full = jax.custom_vjp(_full)
-_fast_full.defvjp(_full_forward, _full_backward)
+_reverse_only_full = jax.custom_vjp(_full)
+_reverse_only_full.defvjp(_full_forward, _full_backward)
 
 
 def _correlated(x: Array, kernel: Array, pads: Sequence[tuple[int, int]]) -> Array:

@@ -159,8 +159,20 @@ def _side(
     if offset is not None:
         parts.append(rounding.gamma(use.terms) * jnp.abs(offset))
     slack = rounding.inflate(functools.reduce(jnp.add, parts), own) if parts else None
-    narrow = jax.tree.map(lambda w: jnp.asarray(w, use.dtype), middle)
-    return _Side(narrow, offset, slack, at_centre)
+    narrow = jax.tree.map(lambda w: jnp.asarray(w).astype(use.dtype), middle)
+    return _Side(_kept_apart(narrow, eqn), offset, slack, at_centre)
+
+
+def _kept_apart(weight: Any, eqn: Equation) -> Any:
+    """A weight that XLA does not multiply with another equation's before it meets the rows.
+
+    It does so with constants, and what their product loses, to zero for one, would scale with the
+    rows. Products of matrices it leaves in order, on a CPU.
+    """
+    matrix = eqn.name in ("dot_general", "conv_general_dilated")
+    if not products(eqn) or (matrix and jax.default_backend() == "cpu"):
+        return weight
+    return jax.lax.optimization_barrier(weight)
 
 
 def _moved(offset: Array | None, slack: Array | None, sign: int) -> Array | None:

@@ -62,7 +62,7 @@ def alpha_crown(
       optimiser: an optax transformation; Adam with learning rate 0.35 by default.
 
     Returns:
-      A function `(region, spec=None) -> Box` as `crown` does.
+      A function `(region, spec=None) -> Box` as `crown` does; derivatives in reverse mode only.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,6 +83,7 @@ def alpha_crown(
 
 
 def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
+    walk.net = dataclasses.replace(walk.net, reverse_only=True)
     walk.run(options.bound)
     goal = Goal(walk, spec)
     if options.joint:

@@ -270,7 +270,8 @@ def _transposed(
         return [rows]
     if convolution.has_fast_transpose(eqn):
         before = [low for low, _ in _padding(eqn, where.windows[v])]
-        return [convolution.transposed(eqn, plane.lower, rows, shapes[0], before)]
+        options = (shapes[0], before, net.reverse_only)
+        return [convolution.transposed(eqn, plane.lower, rows, *options)]
     structs = [jax.ShapeDtypeStruct(shape, rows.dtype) for shape in shapes]
     return jax.vmap(jax.linear_transpose(apply, *structs))(rows)
 
