@@ -125,8 +125,10 @@ def contestants(case: Case, batch: int, quick: bool) -> dict[str, Callable[[], A
 
 
 def methods_at(case: Case, batch: int) -> Sequence[str]:
-    if batch <= 16:
+    if batch == 1:
         return tuple(METHODS)
+    if batch == 16:
+        return tuple(name for name in METHODS if name != "alpha, joint")
     return PLAIN if case.apply is mlp else PLAIN[:2]
 
 

@@ -53,7 +53,11 @@ def alternate(cases: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
 
 
 def sample(run: Callable[[], Any], least: float = 0.02) -> float:
-    """CPU seconds of a call, the mean of as many as fill `least` seconds."""
+    """CPU seconds of a call, the mean of as many as fill `least` seconds.
+
+    After one that does not count: a thread of JAX may still be freeing what ran before.
+    """
+    jax.block_until_ready(run())
     start, calls, seconds = time.process_time(), 0, 0.0
     while seconds < least:
         jax.block_until_ready(run())
