@@ -49,15 +49,15 @@ def crown(
     Args:
       f: the model, (b, *input) -> (b, *out) with independent rows.
       outward: as for `ibp`: False is for training and search and NOT a proof; True computes in
-        float64, counts every rounding error (`planes.py`) and rounds the ends outward.
+        float64, counts every rounding error (`residual.py`) and rounds the ends outward.
       unsure: if given, at most so many entries of each hidden value are bounded that way for each
         example, those that reach furthest to both sides of zero; the others keep interval bounds,
         which costs a relu network nothing where their sign is decided.
       chunk: how many rows of coefficients are held at a time; by default as many as fit 1 MiB on a
         CPU and 256 MiB elsewhere. They take up 2 chunk b m numbers for the widest hidden value m.
       coefficients: the float type of those rows in a proof, jnp.float64 or jnp.float32. Rounding is
-        counted for either; float32 takes about half the time and makes bounds wider, as a rule by
-        less than 1 %. Without `outward` rows have the region's own type.
+        counted for either; float32 takes a third to three quarters of the time on a CPU, and makes
+        bounds wider, as a rule by less than 1 %. Without `outward` rows have the region's own type.
 
     Returns:
       A function `(region, spec=None) -> Box` of shape (b, *out), or (b, s) with a spec. The region

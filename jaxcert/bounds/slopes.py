@@ -88,7 +88,7 @@ def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
     goal = Goal(walk, spec)
     if options.joint:
         walk = _with_better_hidden_bounds(walk, goal, options)
-    free = _behind(walk, walk.output, _free_lines(walk))
+    free = _behind(walk, walk.output, _free_lines(walk, {}))
 
     def values(weights: list[Array]) -> Array:
         planes = {**walk.planes, **_combined(free, weights)}
@@ -106,15 +106,15 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     One weight for each hidden layer that is bounded and each function behind it, shared by the
     layer's rows.
     """
-    free = _free_lines(walk)
+    free = _free_lines(walk, {})
     behind = [list(_behind(walk, v, free)) for v in walk.refined]
     start = [[jnp.zeros(w.shape, walk.rows_dtype) for w in layer] for layer in behind]
 
     def values(weights: list[list[Array]]) -> tuple[Array, Any]:
-        attempt, queue, boxes = walk.again(), iter(weights), []
+        attempt, queue, boxes, known = walk.again(), iter(weights), [], {}
 
         def bound(attempt: Walk, v: Var) -> Box:
-            free = _behind(attempt, v, _free_lines(attempt))
+            free = _behind(attempt, v, _free_lines(attempt, known))
             planes = {**attempt.planes, **_combined(free, next(queue))}
             boxes.append(meet(walk.boxes[v], refined(attempt, v, options.chunk, planes)))
             return boxes[-1]
@@ -213,10 +213,11 @@ class _Free:
         )
 
 
-def _free_lines(walk: Walk) -> dict[Var, _Free]:
-    """Each function that has lines, with others beside them."""
-    found = {}
+def _free_lines(walk: Walk, known: dict[Var, _Free]) -> dict[Var, _Free]:
+    """Each function that has lines so far, with others beside them; `known` is filled up."""
     for v, given in walk.lines.items():
+        if v in known:
+            continue
         first = walk.planes[v]
         second = dataclasses.replace(given, **_other_lines(walk, v, walk.net.makers[v], given))
         blur = 0.0
@@ -225,8 +226,8 @@ def _free_lines(walk: Walk) -> dict[Var, _Free]:
             (x,) = first.operands
             size = size_of(walk.boxes[x], walk.centres.get(x))
             blur = 16 * unit(walk.rows_dtype) * sum(_sizes(p, size) for p in (first, second))
-        found[v] = _Free(first, second, blur)
-    return found
+        known[v] = _Free(first, second, blur)
+    return known
 
 
 def _sizes(plane: Planes, size: Array) -> Array:

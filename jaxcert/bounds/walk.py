@@ -7,6 +7,7 @@ caller bounds it with. Planes (`planes.py`) are fitted to the boxes as they stan
 import copy
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -277,13 +278,10 @@ def cast(value: Any, dtype: Any) -> Any:
     return value
 
 
-def _count_readers(graph: Graph) -> dict[Var, int]:
-    count: dict[Var, int] = {}
-    for eqn in graph.equations:
-        for a in eqn.inputs:
-            if isinstance(a, Var):
-                count[a] = count.get(a, 0) + 1
-    return count
+def _count_readers(graph: Graph) -> Counter[Var]:
+    """How many equations read each variable; who asks for the graph's output reads it, too."""
+    read = [a for eqn in graph.equations for a in eqn.inputs]
+    return Counter(a for a in (*read, *graph.outputs) if isinstance(a, Var))
 
 
 _MIXING = frozenset("dot_general conv_general_dilated reduce_sum reduce_window_sum cumsum".split())
