@@ -123,11 +123,16 @@ def entries(net: Net, bounds: Array, v: Var) -> Array:
 
 
 def pull_back(
-    net: Net, planes: Mapping[Var, Planes], start: Var, form: Form
+    net: Net,
+    planes: Mapping[Var, Planes],
+    start: Var,
+    form: Form,
+    met: dict[Var, Array] | None = None,
 ) -> tuple[Array, Array]:
     """Rows on `start` as rows (2 r, *input) on the input, and offsets (2 r, b).
 
-    The first half bounds the rows from below, the second half their negatives.
+    The first half bounds the rows from below, the second half their negatives. The rows that each
+    nonlinear function meets are put into `met`, if given.
     """
     count, dtype = len(form.rows) // (1 if form.mirrored else 2), form.rows.dtype
     offset = jnp.zeros((2 * count, net.batch), dtype)
@@ -137,6 +142,8 @@ def pull_back(
         plane = planes[v]
         if not plane.affine:
             form = _written_out(net, v, form)
+            if met is not None:
+                met[v] = form.rows
         offset = offset + _offsets(net, v, plane, form)
         if form.thin and not _is_thin(net, v, plane):
             form = _thick(net, v, form)

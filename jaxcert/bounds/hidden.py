@@ -78,7 +78,9 @@ def _in_chunks(
 ) -> tuple[Array, Array]:
     """Bounds (n, b) of the entries `index` of v, (n,) or one list per example (n, b)."""
     size = len(index)
-    chunk = chunk or _rows_that_fit(walk, v)
+    # At least two chunks: in a loop the planes are given, while a single one would be fused with
+    # their making, which XLA:CPU then repeats for every row.
+    chunk = chunk or min(_rows_that_fit(walk, v), -(-size // 2))
 
     def some(index: Array) -> tuple[Array, Array]:
         return concretised(walk, v, unit_rows(walk.net, v, index, walk.rows_dtype), planes)

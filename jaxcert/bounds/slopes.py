@@ -88,7 +88,7 @@ def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
     goal = Goal(walk, spec)
     if options.joint:
         walk = _with_better_hidden_bounds(walk, goal, options)
-    free = _behind(walk, walk.output, _free_lines(walk, {}))
+    free = _behind(walk, walk.output, free_lines(walk))
 
     def values(weights: list[Array]) -> Array:
         planes = {**walk.planes, **_combined(free, weights)}
@@ -106,7 +106,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     One weight for each hidden layer that is bounded and each function behind it, shared by the
     layer's rows.
     """
-    free = _free_lines(walk, {})
+    free = free_lines(walk)
     behind = [list(_behind(walk, v, free)) for v in walk.refined]
     start = [[jnp.zeros(w.shape, walk.rows_dtype) for w in layer] for layer in behind]
 
@@ -114,7 +114,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
         attempt, queue, boxes, known = walk.again(), iter(weights), [], {}
 
         def bound(attempt: Walk, v: Var) -> Box:
-            free = _behind(attempt, v, _free_lines(attempt, known))
+            free = _behind(attempt, v, free_lines(attempt, known))
             planes = {**attempt.planes, **_combined(free, next(queue))}
             boxes.append(meet(walk.boxes[v], refined(attempt, v, options.chunk, planes)))
             return boxes[-1]
@@ -135,17 +135,17 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     return better
 
 
-def _zeros(walk: Walk, free: Mapping[Var, "_Free"], lead: tuple[int, ...]) -> list[Array]:
+def _zeros(walk: Walk, free: Mapping[Var, "Free"], lead: tuple[int, ...]) -> list[Array]:
     """Nothing of the other lines: what `crown` itself does."""
     return [jnp.zeros((*lead, *v.shape), walk.rows_dtype) for v in free]
 
 
-def _behind(walk: Walk, v: Var, free: Mapping[Var, "_Free"]) -> dict[Var, "_Free"]:
+def _behind(walk: Walk, v: Var, free: Mapping[Var, "Free"]) -> dict[Var, "Free"]:
     """Those of the free lines that bounds of v pass through."""
     return {w: free[w] for w in ancestors(walk.net, walk.planes, v) if w in free}
 
 
-def _combined(free: Mapping[Var, "_Free"], weights: Sequence[Array]) -> dict[Var, Planes]:
+def _combined(free: Mapping[Var, "Free"], weights: Sequence[Array]) -> dict[Var, Planes]:
     return {v: each.combined(w) for (v, each), w in zip(free.items(), weights, strict=True)}
 
 
@@ -190,7 +190,7 @@ _KINKED = frozenset(["relu", "leaky_relu", "abs", "max", "min"])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Free:
+class Free:
     """Two pairs of lines around one function."""
 
     first: Planes
@@ -213,8 +213,9 @@ class _Free:
         )
 
 
-def _free_lines(walk: Walk, known: dict[Var, _Free]) -> dict[Var, _Free]:
+def free_lines(walk: Walk, known: dict[Var, Free] | None = None) -> dict[Var, Free]:
     """Each function that has lines so far, with others beside them; `known` is filled up."""
+    known = {} if known is None else known
     for v, given in walk.lines.items():
         if v in known:
             continue
@@ -226,7 +227,7 @@ def _free_lines(walk: Walk, known: dict[Var, _Free]) -> dict[Var, _Free]:
             (x,) = first.operands
             size = size_of(walk.boxes[x], walk.centres.get(x))
             blur = 16 * unit(walk.rows_dtype) * sum(_sizes(p, size) for p in (first, second))
-        known[v] = _Free(first, second, blur)
+        known[v] = Free(first, second, blur)
     return known
 
 

@@ -207,8 +207,8 @@ class Walk:
         self.planes[x] = dataclasses.replace(before, below=None, above=None)
 
     def from_centre(self, v: Var, form: Form, values: Array) -> Array:
-        """Lower bounds (2 r, b) of mirrored rows on v and their negatives, given those of the rows
-        on distances from v's centre."""
+        """Lower bounds (2 r, b) of rows on v and, if mirrored, of their negatives, given those of the
+        rows on distances from v's centre."""
         if v not in self.centres:
             return values
         values = rounding.widen(Box(values, values), rounding.ARITHMETIC).lower
@@ -217,6 +217,8 @@ class Walk:
         error = rounding.gamma(n + 4) * self.net.per_example(jnp.abs(terms), v)
         error = rounding.inflate(error, n)
         total = self.net.per_example(terms, v)
+        if not form.mirrored:
+            return values + (total - error)
         return values + jnp.concatenate([total - error, -total - error])
 
 

@@ -1,0 +1,1 @@
+"""Exact verification: complete search for a proof or a counterexample."""

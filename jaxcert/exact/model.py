@@ -1,0 +1,53 @@
+"""A model as a search uses it: traced for proofs, and run at points that may break the property."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.exact.question import Question, rows_at, shortfall
+from jaxcert.model import Structure, as_float64
+from jaxcert.sets import Array
+from jaxcert.tracing import Traced, trace_float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Traceable:
+    """All of a model but its arrays, with what a compiled search depends on beside them.
+
+    Attributes:
+      structure: of the model.
+      shape: of one input.
+      dtype: of inputs as the caller has them.
+      mode: whether the caller is in JAX's x64 mode.
+      rules: of bound propagation; one that is registered later compiles anew.
+    """
+
+    structure: Structure
+    shape: tuple[int, ...]
+    dtype: Any
+    mode: bool
+    rules: tuple[Any, ...]
+
+    def trace(self, arrays: Any, count: int) -> Traced:
+        """The graph for proofs about batches of `count`."""
+        return trace_float64(self.structure, arrays, (count, *self.shape), self.dtype, self.mode)
+
+    def tried(
+        self, arrays: Any, question: Question, points: Array, owner: Array
+    ) -> tuple[Array, Array]:
+        """Where the model breaks the property, in its own arithmetic as well as in float64, and how
+        far it is from it at each point, at most 0 where it does; both (p,)."""
+        mine = question.clauses[owner]
+
+        def at(arrays: Any, x: Array, mode: bool) -> Array:
+            with jax.enable_x64(mode):
+                outputs = self.structure.build(arrays)(x)
+            rows = rows_at(question, outputs.astype(jnp.float64), owner)
+            return jnp.min(shortfall(rows, mine), 1)
+
+        own = at(arrays, points.astype(self.dtype), self.mode)
+        wide = at(as_float64(arrays), points, True)
+        worst = jnp.maximum(own, wide)
+        return worst <= 0, jnp.where(jnp.isnan(worst), jnp.inf, worst)

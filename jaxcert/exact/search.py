@@ -1,0 +1,156 @@
+"""Branch and bound on the device: a stack of sub-domains, and the step that works it off.
+
+A step takes the k sub-domains on top of the stack, bounds them in one batch, drops what is proved,
+and pushes the two halves of every other one, the most promising last. A point at which the model
+breaks the property answers its question, whose other sub-domains are dropped as they come up. The
+stack has a fixed capacity; a step that might not find room is not made, so nothing is ever lost.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.sets import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Expansion:
+    """What became of a batch of k sub-domains.
+
+    Attributes:
+      children: sub-domains that together hold all that is left of them, (2 k, ...).
+      owner: the question of each child, int (2 k,).
+      keep: which children there are, bool (2 k,).
+      stuck: which of them cannot be split any further, bool (2 k,).
+      order: children with the least come up first, (2 k,).
+      points, point_owner: inputs that were tried, (p, *input) and (p,).
+      broken: where the model breaks the property, bool (p,).
+    """
+
+    children: Any
+    owner: Array
+    keep: Array
+    stuck: Array
+    order: Array
+    points: Array
+    point_owner: Array
+    broken: Array
+
+
+Expand: TypeAlias = Callable[[Any, Array, Array], Expansion]
+"""(k sub-domains, the question of each, which are there) -> their expansion."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """The state of a search for n questions.
+
+    Attributes:
+      domains: sub-domains, pytree of (capacity, ...); those below `count` are there.
+      owner: the question of each, int (capacity,).
+      count: how many there are.
+      visited: how many were bounded.
+      broken: questions with a counterexample, bool (n,).
+      example: the counterexamples, (n, *input).
+      stuck: questions with a sub-domain that could not be split any further, bool (n,).
+    """
+
+    domains: Any
+    owner: Array
+    count: Array
+    visited: Array
+    broken: Array
+    example: Array
+    stuck: Array
+
+    @property
+    def capacity(self) -> int:
+        """How many sub-domains there is room for."""
+        return len(self.owner)
+
+
+def stack(domains: Any, example: Array, capacity: int) -> Stack:
+    """One sub-domain for each of n questions.
+
+    Args:
+      domains: pytree of (n, ...).
+      example: zeros (n, *input), in the type of counterexamples.
+      capacity: at least n.
+    """
+    n = len(example)
+
+    def roomy(a: Array) -> Array:
+        return jnp.zeros((capacity, *a.shape[1:]), a.dtype).at[:n].set(a)
+
+    owner = jnp.zeros(capacity, jnp.int32).at[:n].set(jnp.arange(n, dtype=jnp.int32))
+    none = jnp.zeros(n, bool)
+    count = jnp.asarray(n, jnp.int32)
+    zero = jnp.zeros((), jnp.int32)
+    return Stack(jax.tree.map(roomy, domains), owner, count, zero, none, example, none)
+
+
+def step(expand: Expand, k: int, state: Stack) -> Stack:
+    """Work off the k sub-domains on top."""
+    start = jnp.maximum(state.count - k, 0)
+    place = start + jnp.arange(k, dtype=jnp.int32)
+    top, owner = jax.tree.map(lambda a: a[place], (state.domains, state.owner))
+    there = (place < state.count) & ~state.broken[owner]
+    found = expand(top, owner, there)
+
+    broken, example = _with_examples(state, found)
+    keep = found.keep & ~broken[found.owner]
+    stuck = state.stuck.at[found.owner].max(keep & found.stuck)
+    keep &= ~found.stuck
+    order = jnp.argsort(jnp.where(keep, -found.order, -jnp.inf))
+    children, owners, keep = jax.tree.map(
+        lambda a: a[order], (found.children, found.owner, keep)
+    )
+    position = start + jnp.cumsum(keep.astype(jnp.int32), dtype=jnp.int32) - 1
+    position = jnp.where(keep, position, state.capacity)
+
+    def push(old: Array, new: Array) -> Array:
+        return old.at[position].set(new, mode="drop")
+
+    return Stack(
+        jax.tree.map(push, state.domains, children),
+        push(state.owner, owners),
+        start + jnp.sum(keep, dtype=jnp.int32),
+        state.visited + jnp.sum(there, dtype=jnp.int32),
+        broken,
+        example,
+        stuck,
+    )
+
+
+def _with_examples(state: Stack, found: Expansion) -> tuple[Array, Array]:
+    """Which questions are answered now, and by which points."""
+    n, p = len(state.broken), len(found.points)
+    fresh = found.broken & ~state.broken[found.point_owner]
+    last = jnp.full(n, -1, jnp.int32)
+    last = last.at[found.point_owner].max(jnp.where(fresh, jnp.arange(p, dtype=jnp.int32), -1))
+    new = (last >= 0).reshape(n, *(1,) * (state.example.ndim - 1))
+    example = jnp.where(new, found.points[jnp.maximum(last, 0)], state.example)
+    return state.broken | (last >= 0), example
+
+
+def block(expand: Expand, k: int, state: Stack, steps: Any) -> Stack:
+    """Up to `steps` steps, fewer if the stack runs empty or might overflow; pure, for use in jit."""
+
+    def goes_on(carry):
+        done, state = carry
+        room = state.count + k <= state.capacity
+        return (done < steps) & (state.count > 0) & room
+
+    def body(carry):
+        done, state = carry
+        return done + 1, step(expand, k, state)
+
+    start = jnp.zeros((), jnp.int32), state
+    return jax.lax.while_loop(goes_on, body, start)[1]
+
+
