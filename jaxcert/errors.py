@@ -2,10 +2,12 @@
 
     JaxcertError
     ├── UnsupportedEquation   an equation of the model has no rule in the method asked for
-    │   └── DataDependent     control flow, indices or integers that depend on the bounded input
+    │   ├── DataDependent     control flow, indices or integers that depend on the bounded input
+    │   └── UnsupportedOperator  a file holds an operator or attribute that cannot be translated
     ├── MixedRows             an equation mixes the rows of a batch, so no row has its own bound
     ├── StatefulModel         the model's output depends on counters that each call moves on
-    └── RecordMismatch        a log on disk belongs to another run configuration
+    ├── RecordMismatch        a log on disk belongs to another run configuration
+    └── VnnlibError           a property file says what cannot be read, or nothing at all
 
 Wrong arguments are plain `ValueError` and `TypeError`.
 """
@@ -23,6 +25,10 @@ class DataDependent(UnsupportedEquation):
     """Control flow, indices or integers of the model depend on the bounded input."""
 
 
+class UnsupportedOperator(UnsupportedEquation):
+    """A file holds an operator, or an attribute of one, that has no translation."""
+
+
 class MixedRows(JaxcertError, ValueError):
     """An equation lets one example of the batch change the output of another."""
 
@@ -33,3 +39,7 @@ class StatefulModel(JaxcertError, ValueError):
 
 class RecordMismatch(JaxcertError, ValueError):
     """A log on disk was written by a run with another configuration."""
+
+
+class VnnlibError(JaxcertError, ValueError):
+    """A property file cannot be read; the message names file, line and column."""

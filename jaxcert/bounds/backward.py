@@ -13,8 +13,8 @@ met, the rows are the same for both signs and for all examples of the batch, so 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,17 @@ class Net:
             return None
         return (*v.shape[: place.axis], 1, *v.shape[place.axis + 1 :])
 
+    def flat(self, values: Array, v: Var) -> Array:
+        """Entries of v as rows of their own, (b, n)."""
+        outer, inner = self.outer_and_inner(v)
+        parts = values.reshape(outer, self.batch, inner)
+        return jnp.moveaxis(parts, 1, 0).reshape(self.batch, -1)
+
+    def shaped(self, values: Array, v: Var) -> Array:
+        """The opposite of `flat`."""
+        outer, inner = self.outer_and_inner(v)
+        return jnp.moveaxis(values.reshape(self.batch, outer, inner), 0, 1).reshape(v.shape)
+
     def per_example(self, products: Array, v: Var) -> Array:
         """The sum (r, b) of (r, *v) over everything but the examples."""
         if self.batch == 1:
@@ -118,8 +129,11 @@ def memory() -> int:
 
 def entries(net: Net, bounds: Array, v: Var) -> Array:
     """Bounds (n, b) of all entries of v in v's own shape."""
-    outer, inner = net.outer_and_inner(v)
-    return jnp.moveaxis(bounds.reshape(outer, inner, net.batch), 2, 1).reshape(v.shape)
+    return net.shaped(bounds.T, v)
+
+
+Stop: TypeAlias = Callable[[Array], tuple[Array, Array]]
+"""(rows (r, *v)) -> other rows of the same shape, and what they add to the offsets, (r, b)."""
 
 
 def pull_back(
@@ -127,23 +141,24 @@ def pull_back(
     planes: Mapping[Var, Planes],
     start: Var,
     form: Form,
-    met: dict[Var, Array] | None = None,
+    stops: Mapping[Var, Stop] | None = None,
 ) -> tuple[Array, Array]:
-    """Rows on `start` as rows (2 r, *input) on the input, and offsets (2 r, b).
+    """Rows on `start` as rows (r, *input) on the input that bound them from below, and offsets
+    (r, b); of mirrored rows the negatives follow behind.
 
-    The first half bounds the rows from below, the second half their negatives. The rows that each
-    nonlinear function meets are put into `met`, if given.
+    Where `stops` has a function for a variable, the rows go on as it says.
     """
-    count, dtype = len(form.rows) // (1 if form.mirrored else 2), form.rows.dtype
-    offset = jnp.zeros((2 * count, net.batch), dtype)
-    forms = {start: form}
+    count, dtype = len(form.rows) * (2 if form.mirrored else 1), form.rows.dtype
+    offset = jnp.zeros((count, net.batch), dtype)
+    forms, stops = {start: form}, stops or {}
     for v in ancestors(net, planes, start):
         form = forms.pop(v)
         plane = planes[v]
-        if not plane.affine:
+        if not plane.affine or v in stops:
             form = _written_out(net, v, form)
-            if met is not None:
-                met[v] = form.rows
+        if v in stops:
+            rows, more = stops[v](form.rows)
+            form, offset = dataclasses.replace(form, rows=rows), offset + more
         offset = offset + _offsets(net, v, plane, form)
         if form.thin and not _is_thin(net, v, plane):
             form = _thick(net, v, form)
@@ -151,7 +166,7 @@ def pull_back(
             part = dataclasses.replace(form, rows=rows)
             forms[x] = _added(net, x, forms[x], part) if x in forms else part
     if net.input not in forms:  # constant on the region
-        return jnp.zeros((2 * count, *net.input.shape), dtype), offset
+        return jnp.zeros((count, *net.input.shape), dtype), offset
     return _written_out(net, net.input, forms[net.input]).rows, offset
 
 

@@ -55,22 +55,28 @@ def refined_where_unsure(walk: Walk, v: Var, count: int, chunk: int | None = Non
 
     Those are the entries that reach furthest to both sides of zero, where relus have their kink.
     """
-    net, box = walk.net, walk.boxes[v]
-    outer, inner = net.outer_and_inner(v)
-    if count >= outer * inner:
+    if count >= math.prod(walk.net.outer_and_inner(v)):
         return refined(walk, v, chunk)
+    index = least_decided(walk, v, count)
+    return replaced(walk, v, index, _in_chunks(walk, v, index, chunk, walk.planes))
 
-    def by_example(end: Array) -> Array:
-        return jnp.moveaxis(end.reshape(outer, net.batch, inner), 1, 0).reshape(net.batch, -1)
 
-    low, high = by_example(box.lower), by_example(box.upper)
+def least_decided(walk: Walk, v: Var, count: int) -> Array:
+    """The entries of v that reach furthest to both sides of zero, (count, b)."""
+    box = walk.boxes[v]
+    low, high = walk.net.flat(box.lower, v), walk.net.flat(box.upper, v)
     _, index = jax.lax.top_k(jnp.minimum(-low, high), count)
-    ends = _in_chunks(walk, v, index.T, chunk, walk.planes)
-    each = jnp.arange(net.batch)[:, None]
+    return index.T
+
+
+def replaced(walk: Walk, v: Var, index: Array, ends: tuple[Array, Array]) -> Box:
+    """The box of v with other ends (n, b) for the entries `index`, (n, b)."""
+    net, box, each = walk.net, walk.boxes[v], jnp.arange(walk.net.batch)[:, None]
     low, high = (
-        end.at[each, index].set(better.T) for end, better in zip((low, high), ends, strict=True)
+        net.shaped(net.flat(end, v).at[each, index.T].set(better.T), v)
+        for end, better in zip((box.lower, box.upper), ends, strict=True)
     )
-    return Box(entries(net, low.T, v), entries(net, high.T, v))
+    return Box(low, high)
 
 
 def _in_chunks(
@@ -80,7 +86,7 @@ def _in_chunks(
     size = len(index)
     # At least two chunks: in a loop the planes are given, while a single one would be fused with
     # their making, which XLA:CPU then repeats for every row.
-    chunk = chunk or min(_rows_that_fit(walk, v), -(-size // 2))
+    chunk = chunk or min(rows_that_fit(walk, v), -(-size // 2))
 
     def some(index: Array) -> tuple[Array, Array]:
         return concretised(walk, v, unit_rows(walk.net, v, index, walk.rows_dtype), planes)
@@ -116,7 +122,7 @@ def with_dust(walk: Walk, box: Box, dust: Array) -> Box:
     return rounding.widen(Box(box.lower - dust, box.upper + dust), rounding.ARITHMETIC)
 
 
-def _rows_that_fit(walk: Walk, v: Var) -> int:
+def rows_that_fit(walk: Walk, v: Var) -> int:
     """Rows whose coefficients, of both signs for all examples, take up about `memory()` bytes."""
     widest = max(math.prod(w.shape) for w in walk.planes) if walk.planes else 1
     widest = max(widest, math.prod(walk.net.input.shape))

@@ -102,7 +102,7 @@ def _range(eqn: Equation, values: Sequence[Value], outward: bool) -> Box:
     return result[0] if isinstance(result, list) else result
 
 
-def _value(eqn: Equation, values: Sequence[Value], outward: bool, p: Array) -> Box:
+def value_at(eqn: Equation, values: Sequence[Value], outward: bool, p: Array) -> Box:
     """f(p), in a proof enclosed."""
     if outward and eqn.inner is None:
         return _range(eqn, _with(eqn, values, Box(p, p)), outward)
@@ -219,7 +219,7 @@ class Curve:
 
         def side(sign, pieces):
             def f(p):
-                value = _value(eqn, values, outward, p)
+                value = value_at(eqn, values, outward, p)
                 return value.lower if sign > 0 else -value.upper
 
             def slope(p):

@@ -9,14 +9,22 @@ Every iterate is a bound; each row keeps its best, so more steps are never worse
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcert.bounds.backward import ancestors
-from jaxcert.bounds.hidden import least_values, refined, with_dust
+from jaxcert.bounds.backward import ancestors, unit_rows
+from jaxcert.bounds.hidden import (
+    least_decided,
+    least_values,
+    refined,
+    replaced,
+    rows_that_fit,
+    with_dust,
+)
 from jaxcert.bounds.interpreter import operand
 from jaxcert.bounds.linear import Goal, Hidden, bounder, crown, walking
 from jaxcert.bounds.planes import Planes
@@ -133,6 +141,36 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
 
     better.run(bound)
     return better
+
+
+def refined_by_slopes(walk: Walk, v: Var, count: int, steps: int, optimiser: Any) -> Box:
+    """The box of v as `refined` finds it, then with slopes optimised for each of the `count` least
+    decided entries; a chunk of them at a time, which holds two more numbers for each coefficient.
+    """
+    walk.boxes[v] = meet(walk.boxes[v], refined(walk, v))
+    index = least_decided(walk, v, min(count, math.prod(walk.net.outer_and_inner(v))))
+    free = _behind(walk, v, free_lines(walk))
+    if not free:
+        return walk.boxes[v]
+    chunk = max(1, rows_that_fit(walk, v) // 4)
+    options = _Options(None, steps, 0, optimiser, None)
+
+    def some(index: Array) -> tuple[Array, Array]:
+        form = unit_rows(walk.net, v, index, walk.rows_dtype)
+
+        def values(weights: list[Array]) -> Array:
+            return least_values(walk, v, form, {**walk.planes, **_combined(free, weights)})
+
+        best = _best(values, _zeros(walk, free, (2 * len(index),)), options, steps)
+        half = len(best) // 2
+        box = with_dust(walk, Box(best[:half], -best[half:]), walk.dust)
+        return box.lower, box.upper
+
+    parts = -(-len(index) // chunk)
+    padded = index[jnp.minimum(jnp.arange(parts * chunk), len(index) - 1)]
+    ends = jax.lax.map(some, padded.reshape(parts, chunk, -1))
+    low, high = (end.reshape(parts * chunk, -1)[: len(index)] for end in ends)
+    return meet(walk.boxes[v], replaced(walk, v, index, (low, high)))
 
 
 def _zeros(walk: Walk, free: Mapping[Var, "Free"], lead: tuple[int, ...]) -> list[Array]:

@@ -96,11 +96,16 @@ class Walk:
             raise ValueError("the model's output does not depend on its input; use ibp")
         return out
 
-    def run(self, bound_hidden: BoundHidden | None) -> None:
-        """Fill in boxes and planes in order of evaluation."""
+    def run(self, bound_hidden: BoundHidden | None, *, every: bool = False) -> None:
+        """Fill in boxes and planes in order of evaluation.
+
+        Args:
+          bound_hidden: what bounds operands of nonlinear functions.
+          every: whether it is asked for all of them, also where intervals are as good as it gets.
+        """
         for eqn in self.net.graph.equations:
             if eqn.bounded and bound_hidden is not None:
-                for v in self._worth_bounding(eqn):
+                for v in self._operands(eqn) if every else self._worth_bounding(eqn):
                     self.boxes[v] = meet(self.boxes[v], bound_hidden(self, v))
                     self._spread[v] = 1
                     self.refined.append(v)
@@ -113,15 +118,23 @@ class Walk:
             if eqn.bounded:
                 self._add_planes(eqn, values)
 
-    def _worth_bounding(self, eqn: Equation) -> list[Var]:
-        """Operands whose box should come from a linear bound."""
+    def _operands(self, eqn: Equation) -> list[Var]:
+        """Operands whose box matters and which were not bounded yet."""
         return [
             v
             for v in dict.fromkeys(_bounded(eqn))
             if (v in self.expanded.fine if is_affine(eqn) else v not in self.expanded.coarse)
             and jnp.issubdtype(v.dtype, jnp.floating)
-            and self._spread[v] > 1
+            and v not in self.refined
         ]
+
+    def _worth_bounding(self, eqn: Equation) -> list[Var]:
+        """Operands whose box should come from a linear bound."""
+        return [v for v in self._operands(eqn) if self.loose(v)]
+
+    def loose(self, v: Var) -> bool:
+        """Whether a linear bound may be tighter than the box."""
+        return self._spread[v] > 1
 
     def _meet_original(self, out: Var) -> None:
         eqn = self.expanded.originals[out]

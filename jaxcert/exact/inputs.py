@@ -28,7 +28,6 @@ from jaxcert.bounds.backward import pull_back
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.hidden import refined, with_dust
 from jaxcert.bounds.linear import Goal, shifted
-from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.slopes import Free, free_lines
 from jaxcert.bounds.walk import Walk
 from jaxcert.exact.model import Traceable
@@ -198,7 +197,13 @@ def blame(walk: Walk, spec: Spec, row: Array, places: Places) -> Array:
     )
     met: dict[Var, Array] = {}
     form = dataclasses.replace(Goal(walk, hardest).form, mirrored=False)
-    pull_back(net, walk.planes, walk.output, form, met)
+
+    def meet(v: Var, rows: Array) -> tuple[Array, Array]:
+        met[v] = rows
+        return rows, jnp.zeros(())
+
+    stops = {v: functools.partial(meet, v) for v in walk.lines}
+    pull_back(net, walk.planes, walk.output, form, stops)
     moved = _movements(walk, places)
     total = jnp.zeros((net.batch, len(places.varying)))
     for v, plane in walk.lines.items():

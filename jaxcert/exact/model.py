@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcert.attacks.gradient import Objective
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
 from jaxcert.sets import Array
@@ -33,6 +34,18 @@ class Traceable:
     def trace(self, arrays: Any, count: int) -> Traced:
         """The graph for proofs about batches of `count`."""
         return trace_float64(self.structure, arrays, (count, *self.shape), self.dtype, self.mode)
+
+    def objective(self, arrays: Any, question: Question) -> Objective:
+        """What an attack makes small: how far point i is from breaking a clause of question i."""
+
+        def at(points: Array) -> Array:
+            with jax.enable_x64(self.mode):
+                outputs = self.structure.build(arrays)(points.astype(self.dtype))
+            outputs = outputs.astype(jnp.float64)
+            rows = rows_at(question, outputs, jnp.arange(len(points)))
+            return jnp.min(shortfall(rows, question.clauses), 1)
+
+        return at
 
     def tried(
         self, arrays: Any, question: Question, points: Array, owner: Array

@@ -107,9 +107,7 @@ def step(expand: Expand, k: int, state: Stack) -> Stack:
     stuck = state.stuck.at[found.owner].max(keep & found.stuck)
     keep &= ~found.stuck
     order = jnp.argsort(jnp.where(keep, -found.order, -jnp.inf))
-    children, owners, keep = jax.tree.map(
-        lambda a: a[order], (found.children, found.owner, keep)
-    )
+    children, owners, keep = jax.tree.map(lambda a: a[order], (found.children, found.owner, keep))
     position = start + jnp.cumsum(keep.astype(jnp.int32), dtype=jnp.int32) - 1
     position = jnp.where(keep, position, state.capacity)
 
@@ -152,5 +150,3 @@ def block(expand: Expand, k: int, state: Stack, steps: Any) -> Stack:
 
     start = jnp.zeros((), jnp.int32), state
     return jax.lax.while_loop(goes_on, body, start)[1]
-
-

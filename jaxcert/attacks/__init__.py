@@ -1,0 +1,1 @@
+"""Attacks: inputs on which a model breaks a property."""

@@ -1,0 +1,472 @@
+"""Branching on hidden values: the range of one operand of a nonlinear function, cut in two.
+
+For models of many inputs. A sub-domain is a set of inputs that put some hidden values into given
+ranges, for one row of the question. With l <= z <= u known of a hidden value z, and a multiplier m,
+
+    row >= row + m z - max(m, 0) u - min(m, 0) l,
+
+so that the linear bound is pulled back with m added to the coefficients of z (beta-CROWN, Wang et
+al., NeurIPS 2021). Multipliers and slopes of all sub-domains of a batch are improved together by
+gradient ascent, from where their parents' left off; every iterate is a bound, rounding counted.
+
+What is split next is found by looking at the gap that each function leaves, and among the few with
+the largest by bounding the halves (De Palma et al., "Improved branch and bound for neural network
+verification via Lagrangian decomposition", 2021).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcert.attacks import gradient
+from jaxcert.bounds import rounding
+from jaxcert.bounds.backward import pull_back
+from jaxcert.bounds.concretise import least
+from jaxcert.bounds.hidden import refined, with_dust
+from jaxcert.bounds.interpreter import lower, operand
+from jaxcert.bounds.linear import Goal, shifted
+from jaxcert.bounds.planes import Planes
+from jaxcert.bounds.relaxations import value_at
+from jaxcert.bounds.slopes import Free, free_lines, refined_by_slopes
+from jaxcert.bounds.walk import Walk, cast, size_of
+from jaxcert.exact.model import Traceable
+from jaxcert.exact.question import Question
+from jaxcert.exact.search import Expansion
+from jaxcert.floats import rounded_down, rounded_up
+from jaxcert.graph import Var
+from jaxcert.sets import Array, Box, InputSet
+from jaxcert.specs import Spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """What a bound is improved by, for k sub-domains.
+
+    Attributes:
+      share: of the second lines around the nonlinear functions, (k, m) one function after another.
+      hidden: of the ranges of the hidden values, (k, n).
+      rows: weights of the clause's rows, (k, s).
+    """
+
+    share: Array
+    hidden: Array
+    rows: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Domains:
+    """k sub-domains.
+
+    Attributes:
+      lower, upper: ranges of the n hidden values that are bounded, (k, n) in float32.
+      side: which ends are cuts, int8 (k, n): 1 the lower, 2 the upper, 3 both.
+      multipliers: with which `bound` was found.
+      bound: below the clause's rows, weighted, (k,).
+    """
+
+    lower: Array
+    upper: Array
+    side: Array
+    multipliers: Multipliers
+    bound: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How hard a search by hidden values tries.
+
+    Attributes:
+      steps: of ascent for each new sub-domain.
+      rate: of their learning.
+      candidates: for the next split, whose halves are bounded.
+    """
+
+    steps: int = 12
+    rate: float = 0.03
+    candidates: int = 4
+
+
+def _size(walk: Walk, v: Var) -> int:
+    return math.prod(walk.net.outer_and_inner(v))
+
+
+class Pass:
+    """Bounds of a batch of sub-domains, as a function of multipliers.
+
+    Attributes:
+      walk: with the sub-domains' ranges.
+      lines: pairs of lines around the nonlinear functions.
+      hidden: the bounded hidden values.
+    """
+
+    def __init__(self, model: Traceable, arrays: Any, question: Question, domains: Domains):
+        count = len(domains.bound)
+        graph, rows = model.trace(arrays, count)
+        self.question, self.domains = question, domains
+        self.walk = Walk(graph, rows, question.region, True, jnp.float32)
+        self.walk.run(self._range, every=True)
+        self.lines: dict[Var, Free] = free_lines(self.walk)
+        self.hidden = list(self.walk.refined)
+        self._sides = self.by_variable(domains.side, self.hidden)
+
+    def _range(self, walk: Walk, v: Var) -> Box:
+        start = sum(_size(walk, w) for w in walk.refined)
+        part = slice(start, start + _size(walk, v))
+        ends = self.domains.lower[:, part], self.domains.upper[:, part]
+        return Box(*[walk.net.shaped(end.astype(walk.dtype), v) for end in ends])
+
+    def by_variable(self, values: Array, variables: Iterable[Var]) -> dict[Var, Array]:
+        """Values (k, n) of several variables, each in its own shape."""
+        found, start = {}, 0
+        for v in variables:
+            size = _size(self.walk, v)
+            found[v] = self.walk.net.shaped(values[:, start : start + size], v)
+            start += size
+        return found
+
+    def spec(self, weights: Array) -> Spec:
+        """The clause's rows, weighted, as one row; rounding comes off its offset."""
+        wide = weights.astype(self.walk.dtype)[..., None]
+        matrix = jnp.sum(wide * self.question.matrix, 1)
+        offset = jnp.sum(wide[..., 0] * self.question.offset, 1)
+        box, s = self.walk.boxes[self.walk.output], weights.shape[1]
+        size = jnp.maximum(jnp.abs(box.lower), jnp.abs(box.upper))
+        sizes = jnp.sum(wide * jnp.abs(self.question.matrix), 1)
+        error = jnp.sum(jnp.where(sizes > 0, sizes * size, 0.0), 1)
+        error = error + jnp.sum(wide[..., 0] * jnp.abs(self.question.offset), 1)
+        several = jnp.sum(weights > 0, 1) > 1
+        error = rounding.inflate(rounding.gamma(s + 8) * error, s + size.shape[1])
+        return Spec(matrix[:, None], (offset - jnp.where(several, error, 0.0))[:, None])
+
+    def bound(
+        self, given: Multipliers, seen: dict[Var, Array] | None = None
+    ) -> tuple[Array, Array]:
+        """Lower bounds (k,) of the weighted rows, and the coefficients (k, *input) on the input."""
+        walk = self.walk
+        spec = self.spec(given.rows)
+        form = dataclasses.replace(Goal(walk, spec).form, mirrored=False)
+        matrix, offset = pull_back(
+            walk.net, self._planes(given), walk.output, form, self._stops(given, seen)
+        )
+        values = least(walk.around, matrix, walk.outward) + offset
+        low = walk.from_centre(walk.output, form, values).T
+        low = with_dust(walk, Box(low, low), walk.dust[:, None]).lower
+        return shifted(walk, spec, Box(low, low)).lower[:, 0], matrix[0]
+
+    def _planes(self, given: Multipliers) -> Mapping[Var, Planes]:
+        shares = self.by_variable(given.share, self.lines)
+        mixed = {v: each.combined(shares[v]) for v, each in self.lines.items()}
+        return {**self.walk.planes, **mixed}
+
+    def _stops(self, given: Multipliers, seen: dict[Var, Array] | None) -> dict[Var, Any]:
+        multipliers = self.by_variable(given.hidden, self.hidden)
+        stops = {v: functools.partial(self._held, v, m) for v, m in multipliers.items()}
+
+        def see(v: Var, rows: Array) -> tuple[Array, Array]:
+            assert seen is not None
+            seen[v] = rows[0]
+            return stops[v](rows) if v in stops else (rows, jnp.zeros(()))
+
+        if seen is None:
+            return stops
+        return {v: functools.partial(see, v) for v in {*stops, *self.lines}}
+
+    def _held(self, v: Var, m: Array, rows: Array) -> tuple[Array, Array]:
+        """The rows with multipliers for the range of v added, and what the range's ends add.
+
+        In terms of distances from the centre c: m (z - c) - m (u - c). The sum of coefficients errs
+        by half a unit of its size, each time |z - c|; the products by a few units of float64.
+        """
+        walk = self.walk
+        box, centre = walk.boxes[v], walk.centres[v]
+        total = rows + m
+        # Where m is 0 the end decides about the derivative alone: the cut one is what m is for.
+        side = self._sides[v]
+        end = jnp.where((m > 0) | ((m == 0) & (side != 1)), box.upper, box.lower)
+        end = jnp.where(jnp.isfinite(end) | (m != 0), end, centre)
+        wide = m.astype(walk.dtype)
+        held = -wide * (end - centre)
+        n = jnp.size(m) + 16
+        unit = rounding.unit(walk.rows_dtype)
+        lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, centre)
+        lost = lost + rounding.gamma(n) * jnp.abs(wide) * (jnp.abs(end) + jnp.abs(centre))
+        error = rounding.inflate(jnp.where(m == 0, 0.0, 2 * lost), n)
+        return total, walk.net.per_example(held - error, v)
+
+
+# --- Ascent ---------------------------------------------------------------------------------------
+
+
+def improved(some: Pass, start: Multipliers, steps: int, rate: float) -> tuple[Multipliers, Array]:
+    """The best multipliers and bounds (k,) met on `steps` steps of Adam."""
+    import optax  # here, because it takes longer to load than all the rest
+
+    side = some.domains.side
+    scale = _scales(some, start)
+    optimiser = optax.adam(optax.exponential_decay(rate, 1, 0.97))
+
+    def actual(p: Multipliers) -> Multipliers:
+        return dataclasses.replace(p, hidden=p.hidden * scale)
+
+    def loss(p: Multipliers) -> tuple[Array, Array]:
+        found, _ = some.bound(actual(p))
+        return -jnp.sum(jnp.where(jnp.isfinite(found), found, 0.0)), found
+
+    def keep_better(best, p, found):
+        values, kept = best
+        better = found > values
+        kept = jax.tree.map(lambda old, new: jnp.where(better[:, None], new, old), kept, p)
+        return jnp.where(better, found, values), kept
+
+    def step(carry, _):
+        p, state, best = carry
+        slope, found = jax.grad(loss, has_aux=True)(p)
+        best = keep_better(best, p, found)
+        updates, state = optimiser.update(slope, state, p)
+        p = _allowed(jax.tree.map(jnp.add, p, updates), side)
+        return (p, state, best), None
+
+    p = dataclasses.replace(start, hidden=start.hidden / scale)
+    worst = jnp.full(len(some.domains.bound), -jnp.inf, some.walk.dtype)
+    carry = (p, optimiser.init(p), (worst, p))
+    (p, _, best), _ = jax.lax.scan(step, carry, None, length=steps)
+    values, kept = keep_better(best, p, some.bound(actual(p))[0])
+    return actual(kept), values
+
+
+def _scales(some: Pass, start: Multipliers) -> Array:
+    """Typical sizes of the coefficients on each hidden value's layer, (k, n): the units of its
+    multipliers."""
+    seen: dict[Var, Array] = {}
+    some.bound(start, seen)
+    net, found = some.walk.net, [jnp.zeros_like(some.domains.lower[:, :0])]
+    for v in some.hidden:
+        shape = len(some.domains.bound), _size(some.walk, v)
+        size = jnp.max(net.flat(jnp.abs(seen[v]), v), 1) if v in seen else jnp.ones(shape[0])
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1.0).astype(found[0].dtype)
+        found.append(jnp.broadcast_to(size[:, None], shape))
+    return jnp.concatenate(found, 1)
+
+
+def _allowed(p: Multipliers, side: Array) -> Multipliers:
+    """Shares between 0 and 1, multipliers only where there are cuts, weights that add up to 1."""
+    hidden = jnp.where(side > 0, p.hidden, 0.0)
+    rows = jnp.maximum(p.rows, 0.0)
+    total = jnp.sum(rows, 1, keepdims=True)
+    return Multipliers(jnp.clip(p.share, 0, 1), hidden, rows / jnp.where(total > 0, total, 1.0))
+
+
+# --- What to split --------------------------------------------------------------------------------
+
+
+def scores(some: Pass, given: Multipliers) -> tuple[Array, Array]:
+    """How much each hidden value contributes to the gap, and where it would be cut: (k, N) each
+    over all hidden values. Not positive where a cut would not help."""
+    walk, net = some.walk, some.walk.net
+    seen: dict[Var, Array] = {}
+    some.bound(given, seen)
+    planes = some._planes(given)
+    gains = {v: jnp.zeros(v.shape, walk.dtype) for v in some.hidden}
+    cuts = {v: walk.boxes[v].lower / 2 + walk.boxes[v].upper / 2 for v in some.hidden}
+    for y in walk.lines:
+        (x,) = planes[y].operands
+        if x not in gains or y not in seen:
+            continue
+        cut = _cut(walk, y, x)
+        gap = _gap(walk, y, planes[y], cut)
+        weight = jnp.where(seen[y] < 0, gap.upper, gap.lower)
+        gains[x] = gains[x] + jnp.abs(seen[y]) * jnp.where(jnp.isfinite(weight), weight, 0.0)
+        cuts[x] = cut
+    flat_gains, flat_cuts = [], []
+    for v in some.hidden:
+        box = walk.boxes[v]
+        cut = cuts[v].astype(jnp.float32)
+        inside = (box.lower < cut) & (cut < box.upper)
+        flat_gains.append(net.flat(jnp.where(inside, gains[v] + 2.0**-100, -1.0), v))
+        flat_cuts.append(net.flat(cut, v))
+    return jnp.concatenate(flat_gains, 1), jnp.concatenate(flat_cuts, 1)
+
+
+def _cut(walk: Walk, y: Var, x: Var) -> Array:
+    """Where to cut the operand x of a function y: at its kink, else in the middle."""
+    eqn, box = walk.net.makers[y], walk.boxes[x]
+    if eqn.name in ("relu", "leaky_relu", "abs"):
+        return jnp.zeros_like(box.lower)
+    if eqn.name in ("max", "min"):
+        (other,) = (a for a in eqn.inputs if a is not x)
+        constant = lower(operand(walk.boxes, other, True)).astype(walk.dtype)
+        return jnp.broadcast_to(constant, x.shape)
+    return box.lower / 2 + box.upper / 2
+
+
+def _gap(walk: Walk, y: Var, plane: Planes, cut: Array) -> Box:
+    """How far the lower and the upper plane are from the function: at the cut, and below it at that
+    end where it is nearer."""
+    (x,) = plane.operands
+    box, eqn = walk.boxes[x], walk.net.makers[y]
+    centre, middle = walk.centres[x], walk.centres[y]
+
+    values = [cast(operand(walk.boxes, a, True), walk.dtype) for a in eqn.inputs]
+
+    def at(point: Array) -> tuple[Array, Array]:
+        f = value_at(eqn, values, False, point).lower
+        low = plane.lower * (point - centre) + plane.below + middle
+        high = plane.upper * (point - centre) + plane.above + middle
+        return f - low, high - f
+
+    low, high = at(cut)
+    ends = jnp.minimum(at(box.lower)[0], at(box.upper)[0])
+    return Box(jnp.maximum(jnp.maximum(low, ends), 0.0), jnp.maximum(high, 0.0))
+
+
+# --- One step -------------------------------------------------------------------------------------
+
+
+def expansion(
+    model: Traceable, options: Options, arrays: Any, question: Question, domains: Domains,
+    owner: Array, there: Array,
+) -> Expansion:  # fmt: skip
+    """Split a batch of sub-domains and bound the halves. Only inside `enable_x64`."""
+    mine = jax.tree.map(lambda a: a[owner], question)
+    some = Pass(model, arrays, mine, domains)
+    gains, cuts = scores(some, domains.multipliers)
+    place = _best_split(functools.partial(Pass, model, arrays, mine), options, domains, gains, cuts)
+    cut = jnp.take_along_axis(cuts, place[:, None], 1)[:, 0]
+    halves = [_half(domains, place, cut, upper) for upper in (False, True)]
+    children = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
+    both = jax.tree.map(lambda a: jnp.concatenate([a, a]), mine)
+    better = Pass(model, arrays, both, children)
+    start = _continued(some, domains, better, children)
+    multipliers, bound = improved(better, start, options.steps, options.rate)
+    bound = jnp.fmax(bound, children.bound)
+    children = dataclasses.replace(children, multipliers=multipliers, bound=bound)
+
+    owners = jnp.tile(owner, 2)
+    points = _tries(model, arrays, better, multipliers, jnp.concatenate([there, there]))
+    broken, _ = model.tried(arrays, question, points, owners)
+    hopeless = jnp.max(gains, 1) <= 0
+    return Expansion(
+        children, owners, jnp.tile(there, 2) & ~(bound > 0), jnp.tile(hopeless, 2), bound, points,
+        owners, broken & jnp.tile(there, 2),
+    )  # fmt: skip
+
+
+def _best_split(passes: Any, options: Options, domains: Domains, gains: Array, cuts: Array):
+    """Among the hidden values with the largest scores, the one whose halves have the best bounds
+    before any ascent: the worse half counts, then the better one."""
+    _, places = jax.lax.top_k(gains, options.candidates)
+    if options.candidates == 1:
+        return places[:, 0]
+
+    def halves_of(place: Array) -> Array:
+        cut = jnp.take_along_axis(cuts, place[:, None], 1)[:, 0]
+
+        def bound(upper: Array) -> Array:
+            half = _half(domains, place, cut, upper)
+            low, _ = passes(half).bound(half.multipliers)
+            return jnp.minimum(jnp.where(jnp.isnan(low), -jnp.inf, low), 0.0)
+
+        low, high = jax.lax.map(bound, jnp.array([False, True]))
+        return jnp.minimum(low, high) + 0.1 * jnp.maximum(low, high)
+
+    worth = jax.lax.map(halves_of, places.T)
+    valid = jnp.take_along_axis(gains, places, 1).T > 0
+    worth = jnp.where(valid, worth, -jnp.inf)
+    best = jnp.max(worth, 0, keepdims=True)
+    choice = jnp.min(jnp.where(worth == best, jnp.arange(len(worth))[:, None], len(worth) - 1), 0)
+    return jnp.take_along_axis(places, choice[:, None], 1)[:, 0]
+
+
+def _continued(some: Pass, parents: Domains, halves: Pass, children: Domains) -> Multipliers:
+    """Multipliers for which the coefficients below the cut are those of the parent, so that the
+    bound starts where the parent's ended: where z's function has another line now, z makes up for
+    the difference."""
+    before: dict[Var, Array] = {}
+    after: dict[Var, Array] = {}
+    some.bound(parents.multipliers, before)
+    halves.bound(children.multipliers, after)
+    old = [some.walk.net.flat(before[v], v) for v in some.hidden if v in before]
+    new = [halves.walk.net.flat(after[v], v) for v in halves.hidden if v in after]
+    given = children.multipliers
+    cut = children.side != jnp.tile(parents.side, (2, 1))
+    difference = jnp.tile(jnp.concatenate(old, 1), (2, 1)) - jnp.concatenate(new, 1)
+    hidden = jnp.where(cut, given.hidden + difference, given.hidden)
+    return dataclasses.replace(given, hidden=hidden)
+
+
+def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
+    """The sub-domains in which one hidden value is below the cut, or above it."""
+    here = jnp.arange(domains.lower.shape[1]) == place[:, None]
+    cut = cut[:, None]
+    return dataclasses.replace(
+        domains,
+        lower=jnp.where(here & upper, cut, domains.lower),
+        upper=jnp.where(here & ~jnp.asarray(upper), cut, domains.upper),
+        side=jnp.where(here, domains.side | jnp.where(upper, 1, 2).astype(jnp.int8), domains.side),
+    )
+
+
+def _tries(model: Traceable, arrays: Any, some: Pass, given: Multipliers, there: Array) -> Array:
+    """A point of each set where the linear bound is least, pushed on by a few steps of descent."""
+    _, slope = some.bound(given)
+    region, question = some.question.region, some.question
+    x = gradient.corner(region, slope.astype(some.walk.dtype))
+    objective = model.objective(arrays, question)
+    points, _ = gradient.descend(objective, region, x, steps=8, size=0.15)
+    return points
+
+
+# --- The beginning --------------------------------------------------------------------------------
+
+
+def ranges(
+    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, steps: int
+) -> tuple[Array, Array, int]:
+    """Ranges of the hidden values on n sets, (n, N) in float32 each, and how many lines are free.
+
+    Slopes are optimised for the `count` least decided values of each layer. Only inside
+    `enable_x64`.
+    """
+    import optax
+
+    graph, rows = model.trace(arrays, n)
+    walk = Walk(graph, rows, region, True, jnp.float32)
+    walk.net = dataclasses.replace(walk.net, reverse_only=True)
+
+    def bound(walk: Walk, v: Var) -> Box:
+        if not walk.loose(v):
+            return walk.boxes[v]
+        if steps == 0:
+            return refined(walk, v)
+        return refined_by_slopes(walk, v, count, steps, optax.adam(0.35))
+
+    walk.run(bound, every=True)
+    none = [jnp.zeros((n, 0))]
+    low = [walk.net.flat(walk.boxes[v].lower, v) for v in walk.refined]
+    high = [walk.net.flat(walk.boxes[v].upper, v) for v in walk.refined]
+    lower = rounded_down(jnp.concatenate(none + low, 1), jnp.float32)
+    upper = rounded_up(jnp.concatenate(none + high, 1), jnp.float32)
+    return lower, upper, sum(_size(walk, v) for v in walk.lines)
+
+
+def beginning(
+    model: Traceable, arrays: Any, question: Question, lower: Array, upper: Array, free: int,
+    steps: int,
+) -> Domains:  # fmt: skip
+    """One sub-domain for each of n questions of one clause: the whole set, with these ranges. Only
+    inside `enable_x64`."""
+    weights = question.clauses[:, 0].astype(jnp.float32)
+    weights = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
+    none = jnp.zeros((len(lower), free), jnp.float32), jnp.zeros_like(lower)
+    side = jnp.zeros(lower.shape, jnp.int8)
+    start = Domains(lower, upper, side, Multipliers(*none, weights), jnp.zeros(len(lower)))
+    some = Pass(model, arrays, question, start)
+    multipliers, bound = improved(some, start.multipliers, steps, 0.3)
+    return dataclasses.replace(start, multipliers=multipliers, bound=bound)
