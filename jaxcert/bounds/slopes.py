@@ -102,7 +102,9 @@ def _bound(walk: Walk, spec: Spec | None, *, options: _Options) -> Box:
         planes = {**walk.planes, **_combined(free, weights)}
         return least_values(walk, walk.output, goal.form, planes)
 
-    best = _best(values, _zeros(walk, free, (2 * len(goal.form.rows),)), options, options.steps)
+    best = _best(
+        values, _zeros(walk, free, (2 * len(goal.form.rows),)), options.optimiser, options.steps
+    )
     half = len(best) // 2
     box = goal.shaped(with_dust(walk, Box(best[:half].T, -best[half:].T), walk.dust[:, None]))
     return box if spec is not None else meet(walk.boxes[walk.output], box)
@@ -131,7 +133,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
         found = least_values(attempt, attempt.output, goal.form, attempt.planes)
         return found, [(box.lower, -box.upper) for box in boxes]
 
-    _, ends = _best(values, start, options, options.joint)
+    _, ends = _best(values, start, options.optimiser, options.joint)
     better = walk.again()
     queue = iter(ends)
 
@@ -143,7 +145,7 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     return better
 
 
-def refined_by_slopes(walk: Walk, v: Var, count: int, steps: int, optimiser: Any) -> Box:
+def refined_by_slopes(walk: Walk, v: Var, count: int, steps: Any, optimiser: Any) -> Box:
     """The box of v as `refined` finds it, then with slopes optimised for each of the `count` least
     decided entries; a chunk of them at a time, which holds two more numbers for each coefficient.
     """
@@ -153,7 +155,6 @@ def refined_by_slopes(walk: Walk, v: Var, count: int, steps: int, optimiser: Any
     if not free:
         return walk.boxes[v]
     chunk = max(1, rows_that_fit(walk, v) // 4)
-    options = _Options(None, steps, 0, optimiser, None)
 
     def some(index: Array) -> tuple[Array, Array]:
         form = unit_rows(walk.net, v, index, walk.rows_dtype)
@@ -161,7 +162,7 @@ def refined_by_slopes(walk: Walk, v: Var, count: int, steps: int, optimiser: Any
         def values(weights: list[Array]) -> Array:
             return least_values(walk, v, form, {**walk.planes, **_combined(free, weights)})
 
-        best = _best(values, _zeros(walk, free, (2 * len(index),)), options, steps)
+        best = _best(values, _zeros(walk, free, (2 * len(index),)), optimiser, steps)
         half = len(best) // 2
         box = with_dust(walk, Box(best[:half], -best[half:]), walk.dust)
         return box.lower, box.upper
@@ -190,7 +191,7 @@ def _combined(free: Mapping[Var, "Free"], weights: Sequence[Array]) -> dict[Var,
 # --- Ascent ---------------------------------------------------------------------------------------
 
 
-def _best(values: Callable[[Any], Any], start: Any, options: _Options, steps: int) -> Any:
+def _best(values: Callable[[Any], Any], start: Any, optimiser: Any, steps: Any) -> Any:
     """The greatest values(weights), entry by entry, over all iterates.
 
     The ascent is on the sum of the first leaf of the values.
@@ -204,17 +205,20 @@ def _best(values: Callable[[Any], Any], start: Any, options: _Options, steps: in
     def step(carry, _):
         weights, state, best = carry
         slope, found = jax.grad(loss, has_aux=True)(weights)
-        updates, state = options.optimiser.update(slope, state, weights)
+        updates, state = optimiser.update(slope, state, weights)
         weights = jax.tree.map(lambda w, d: jnp.clip(w + d, 0, 1), weights, updates)
         return (weights, state, jax.tree.map(jnp.fmax, best, found)), None
 
-    if not jax.tree.leaves(start) or steps == 0:
+    if not jax.tree.leaves(start):
         return values(start)
     unknown = jax.tree.map(
         lambda v: jnp.full(v.shape, jnp.nan, v.dtype), jax.eval_shape(values, start)
     )
-    carry = (start, options.optimiser.init(start), unknown)
-    (weights, _, best), _ = jax.lax.scan(step, carry, None, length=steps)
+    carry = (start, optimiser.init(start), unknown)
+    if isinstance(steps, int):  # which alone can be differentiated
+        (weights, _, best), _ = jax.lax.scan(step, carry, None, length=steps)
+    else:
+        weights, _, best = jax.lax.fori_loop(0, steps, lambda t, c: step(c, None)[0], carry)
     return jax.tree.map(jnp.fmax, best, values(weights))
 
 

@@ -27,7 +27,7 @@ from jaxcert.attacks import gradient
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import pull_back
 from jaxcert.bounds.concretise import least
-from jaxcert.bounds.hidden import refined, with_dust
+from jaxcert.bounds.hidden import with_dust
 from jaxcert.bounds.interpreter import lower, operand
 from jaxcert.bounds.linear import Goal, shifted
 from jaxcert.bounds.planes import Planes
@@ -89,7 +89,7 @@ class Options:
     """
 
     steps: int = 12
-    rate: float = 0.03
+    rate: float = 0.05
     candidates: int = 4
 
 
@@ -343,8 +343,7 @@ def expansion(
     children = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
     both = jax.tree.map(lambda a: jnp.concatenate([a, a]), mine)
     better = Pass(model, arrays, both, children)
-    start = _continued(some, domains, better, children)
-    multipliers, bound = improved(better, start, options.steps, options.rate)
+    multipliers, bound = improved(better, children.multipliers, options.steps, options.rate)
     bound = jnp.fmax(bound, children.bound)
     children = dataclasses.replace(children, multipliers=multipliers, bound=bound)
 
@@ -384,23 +383,6 @@ def _best_split(passes: Any, options: Options, domains: Domains, gains: Array, c
     return jnp.take_along_axis(places, choice[:, None], 1)[:, 0]
 
 
-def _continued(some: Pass, parents: Domains, halves: Pass, children: Domains) -> Multipliers:
-    """Multipliers for which the coefficients below the cut are those of the parent, so that the
-    bound starts where the parent's ended: where z's function has another line now, z makes up for
-    the difference."""
-    before: dict[Var, Array] = {}
-    after: dict[Var, Array] = {}
-    some.bound(parents.multipliers, before)
-    halves.bound(children.multipliers, after)
-    old = [some.walk.net.flat(before[v], v) for v in some.hidden if v in before]
-    new = [halves.walk.net.flat(after[v], v) for v in halves.hidden if v in after]
-    given = children.multipliers
-    cut = children.side != jnp.tile(parents.side, (2, 1))
-    difference = jnp.tile(jnp.concatenate(old, 1), (2, 1)) - jnp.concatenate(new, 1)
-    hidden = jnp.where(cut, given.hidden + difference, given.hidden)
-    return dataclasses.replace(given, hidden=hidden)
-
-
 def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
     """The sub-domains in which one hidden value is below the cut, or above it."""
     here = jnp.arange(domains.lower.shape[1]) == place[:, None]
@@ -427,7 +409,7 @@ def _tries(model: Traceable, arrays: Any, some: Pass, given: Multipliers, there:
 
 
 def ranges(
-    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, steps: int
+    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, steps: Any
 ) -> tuple[Array, Array, int]:
     """Ranges of the hidden values on n sets, (n, N) in float32 each, and how many lines are free.
 
@@ -443,8 +425,6 @@ def ranges(
     def bound(walk: Walk, v: Var) -> Box:
         if not walk.loose(v):
             return walk.boxes[v]
-        if steps == 0:
-            return refined(walk, v)
         return refined_by_slopes(walk, v, count, steps, optax.adam(0.35))
 
     walk.run(bound, every=True)

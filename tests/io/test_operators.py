@@ -247,6 +247,12 @@ def test_operators_agree_with_onnxruntime(name):
     assert model.outputs == theirs.shape[1]
 
 
+def test_a_slice_of_all_examples_takes_all_of_any_batch():
+    build, shape, _, _ = CASES["Slice three rows"]
+    x = random((5, *shape[1:]))
+    assert_close(onnx.read(build())(x), reference(build(), x[:, None]))
+
+
 # --- Shapes at random -----------------------------------------------------------------------------
 
 SIZES = st.lists(st.integers(1, 4), min_size=2, max_size=3).map(lambda sizes: (1, *sizes))

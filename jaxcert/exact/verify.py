@@ -1,0 +1,481 @@
+"""The search from the host: falsification first, then branch and bound against the clock."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcert.attacks import gradient
+from jaxcert.bounds.interpreter import RULES
+from jaxcert.bounds.planes import PLANES
+from jaxcert.certificate import Reason, Status, Verdict
+from jaxcert.exact import activations, inputs, search
+from jaxcert.exact.model import Traceable
+from jaxcert.exact.question import Question, question
+from jaxcert.floats import ieee_float64
+from jaxcert.model import Model, as_float64, output_shape, split, uses_float64
+from jaxcert.sets import Array, Box, InputSet, checked
+from jaxcert.specs import Property
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """When to give up.
+
+    Attributes:
+      seconds: of wall-clock time.
+      domains: that are bounded, or None for any number.
+      memory: bytes of sub-domains, on the device and on the host together.
+    """
+
+    seconds: float = 60.0
+    domains: int | None = None
+    memory: int = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a search is: seconds since it began, sub-domains bounded so far and waiting now, and
+    questions without an answer."""
+
+    seconds: float
+    visited: int
+    waiting: int
+    unanswered: int
+
+
+Report: TypeAlias = Callable[[Progress], None]
+
+FEW_INPUTS = 16
+"""Up to so many inputs that vary, the search splits inputs, else hidden values."""
+
+
+def verify(
+    f: Model,
+    region: InputSet,
+    prop: Property,
+    *,
+    budget: Budget = Budget(),
+    split_inputs: bool | None = None,
+    key: Array | None = None,
+    report: Report | None = None,
+) -> Verdict:
+    """Decide for each set whether the property holds on all of it.
+
+    Sets of one call share batches: many images cost little more than the hardest of them alone.
+
+    Args:
+      f: the model, (b, *input) -> (b, k), rows independent.
+      region: a `Box`, `LinfBall`, `L2Ball` or `L1Ball` of b sets.
+      prop: a `Spec`, or `AllOf` and `AnyOf` of them, with `>` strict.
+      budget: of the whole call.
+      split_inputs: whether to split inputs rather than hidden values; by default where at most
+        `FEW_INPUTS` of them vary.
+      key: of the attack's starting points.
+      report: called now and then with the `Progress`.
+
+    Returns:
+      A `Verdict`. VERIFIED is a proof: over the reals, rounding counted. FALSIFIED comes with a
+      counterexample in the set that breaks the property in the model's own arithmetic and in
+      float64. UNKNOWN says why: out of time, sub-domains or memory, or numerically undecided.
+
+    Raises:
+      ValueError, TypeError: wrong shapes, dtypes or values.
+      UnsupportedEquation, MixedRows: the model cannot be bounded.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxcert import LinfBall, Spec
+      >>> f = lambda x: jnp.abs(x - 0.25) + jnp.abs(x + 0.25)
+      >>> ball = LinfBall(jnp.zeros((2, 1)), 1.0)
+      >>> verdict = verify(f, ball, Spec(jnp.ones((1, 1)), jnp.array([[-0.4], [-0.6]])))
+      >>> print(verdict.status, abs(verdict.counterexample[1, 0]) < 0.3)
+      [1 2] True
+    """
+    outcome = decide(
+        f, region, prop, budget=budget, split_inputs=split_inputs, key=key, report=report
+    )
+    example = jnp.asarray(outcome.example.astype(_own_dtype(region)))
+    status, reason = (jnp.asarray(a, jnp.int32) for a in (outcome.status, outcome.reason))
+    return Verdict(status, reason, example)
+
+
+def _own_dtype(region: InputSet) -> Any:
+    like = region.lower if isinstance(region, Box) else region.x
+    return jax.dtypes.canonicalize_dtype(like.dtype)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What is known so far, in numpy.
+
+    Attributes:
+      status, reason: (n,) as in a `Verdict`.
+      example: counterexamples (n, *input) in float64.
+      visited: sub-domains that were bounded.
+    """
+
+    status: np.ndarray
+    reason: np.ndarray
+    example: np.ndarray
+    visited: int = 0
+
+    @property
+    def open(self) -> np.ndarray:
+        """Which questions have no answer."""
+        return self.status == Status.UNKNOWN
+
+    def falsify(self, broken: Any, example: Any) -> None:
+        """Enter counterexamples, bool (n,) and (n, *input)."""
+        new = np.asarray(broken) & self.open
+        self.example[new] = np.asarray(example)[new]
+        self.status[new], self.reason[new] = Status.FALSIFIED, Reason.NONE
+
+    def settle(self, which: Any, status: Status, reason: Reason = Reason.NONE) -> None:
+        """Enter the status of those among `which` that are open."""
+        new = np.asarray(which) & self.open
+        self.status[new], self.reason[new] = status, reason
+
+
+class _Clock:
+    def __init__(self, budget: Budget, report: Report | None):
+        self.start, self.budget, self._report = time.perf_counter(), budget, report
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def over(self, outcome: Outcome) -> Reason | None:
+        if self.seconds > self.budget.seconds:
+            return Reason.TIME
+        if self.budget.domains is not None and outcome.visited >= self.budget.domains:
+            return Reason.DOMAINS
+        return None
+
+    def report(self, outcome: Outcome, waiting: int) -> None:
+        if self._report is not None:
+            unanswered = int(outcome.open.sum())
+            self._report(Progress(self.seconds, outcome.visited, waiting, unanswered))
+
+
+def decide(
+    f: Model,
+    region: InputSet,
+    prop: Property,
+    *,
+    budget: Budget,
+    split_inputs: bool | None = None,
+    key: Array | None = None,
+    report: Report | None = None,
+) -> Outcome:
+    """As `verify`, with the counterexamples in float64 and the number of sub-domains."""
+    clock, mode, dtype = _Clock(budget, report), uses_float64(), _own_dtype(region)
+    key = jax.random.key(0) if key is None else key
+    with jax.enable_x64(True):
+        region = checked(region)
+        like: Any = region.lower if isinstance(region, Box) else region.x
+        arrays, structure = split(f, jax.ShapeDtypeStruct(like.shape, dtype))
+    n, shape = like.shape[0], like.shape[1:]
+    k = output_shape(structure, arrays, jax.ShapeDtypeStruct(like.shape, dtype)).shape[1]
+    model = Traceable(structure, shape, dtype, mode, (*RULES.items(), *PLANES.items()))
+    with jax.enable_x64(True):
+        asked = question(_one_by_one(region), prop, n, k)
+        clauses, rows = (
+            max(least, _rounded(m))
+            for least, m in zip((4, 8), asked.clauses.shape[1:], strict=True)
+        )
+        asked = _padded(asked, clauses, rows)
+        arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, asked)))
+        none = np.zeros(n, np.int32)
+        outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
+        search = _Search(model, arrays, asked, outcome, clock, key)
+        search.attack(restarts=64, steps=30)
+        varying = search.varying()
+        few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
+        if math.prod(shape) <= FEW_INPUTS:  # then one program serves all properties
+            varying = tuple(range(math.prod(shape)))
+        if outcome.open.any():
+            search.by_inputs(varying) if few else search.by_activations()
+    return outcome
+
+
+def _one_by_one(region: InputSet) -> InputSet:
+    """The sets with every array spread over the batch, in float64."""
+    region = as_float64(jax.tree.map(jnp.asarray, region))
+    if isinstance(region, Box):
+        return region
+    valid = region.valid
+    if valid is not None:
+        valid = jax.tree.map(lambda end: jnp.broadcast_to(end, region.x.shape), valid)
+    eps = jnp.broadcast_to(region.eps, region.x.shape[:1])
+    return dataclasses.replace(region, eps=eps, valid=valid)
+
+
+class _Search:
+    """The questions of one call and how they are worked on."""
+
+    def __init__(self, model, arrays, asked: Question, outcome: Outcome, clock: _Clock, key):
+        self.model, self.arrays, self.asked = model, arrays, asked
+        self.outcome, self.clock, self.key = outcome, clock, key
+
+    def attack(self, restarts: int, steps: int) -> None:
+        """Gradient descent from many points of each set that is still open."""
+        self.key, now = jax.random.split(self.key)
+        broken, example = _attacked(
+            self.model, restarts, steps, self.arrays, self.asked, jax.random.key_data(now)
+        )
+        self.outcome.falsify(broken, example)
+
+    def varying(self) -> tuple[int, ...]:
+        """The inputs that vary in any of the sets."""
+        box = inputs.box_of(self.asked.region, True)
+        low, high = (np.asarray(end).reshape(len(end), -1) for end in (box.lower, box.upper))
+        size = np.maximum(np.abs(low), np.abs(high))
+        return tuple(np.flatnonzero((high - low > 2.0**-40 * size).any(0)).tolist())
+
+    # --- Splitting inputs
+
+    def by_inputs(self, varying: tuple[int, ...]) -> None:
+        """Branch and bound on boxes of the varying inputs."""
+        places = inputs.Places(self.model.shape, varying)
+        box = inputs.box_of(self.asked.region, True)
+        start = inputs.Boxes(places.pick(box.lower), places.pick(box.upper))
+        here = np.flatnonzero(self.outcome.open)
+        k = 32
+
+        def block(state, steps):
+            return _input_block(self.model, places, k, self.arrays, self.asked, state, steps)
+
+        self._run(block, k, start, here, np.arange(len(self.outcome.status)))
+
+    # --- Splitting hidden values
+
+    def by_activations(self) -> None:
+        """Branch and bound on hidden values, each clause a question of its own."""
+        here, clause = np.nonzero(
+            np.asarray(self.asked.clauses).any(2) & self.outcome.open[:, None]
+        )
+        asked = _each_clause(self.asked, here, clause)
+        n = len(here)
+        bounds = np.full(n, -np.inf)
+        domains = None
+        for effort in (0, 20):
+            lower, upper, free = self._ranges(effort)
+            domains = _beginnings(self.model, free, self.arrays, asked, lower[here], upper[here])
+            bounds = np.asarray(domains.bound)
+            self._settle_proved(here, ~(bounds > 0))
+            if not self.outcome.open.any() or self.clock.over(self.outcome):
+                return
+            self.attack(restarts=128, steps=60)
+        assert domains is not None
+        left = np.flatnonzero(~(bounds > 0) & self.outcome.open[here])
+        if len(left) == 0:
+            return
+        options = activations.Options()
+        padded = np.concatenate([left, np.repeat(left[:1], _rounded(len(left)) - len(left))])
+        asked, domains = jax.tree.map(lambda a: a[padded], (asked, domains))
+        k = 16
+
+        def block(state, steps):
+            return _hidden_block(self.model, options, k, self.arrays, asked, state, steps)
+
+        self._run(block, k, domains, np.arange(len(left)), here[padded])
+
+    def _ranges(self, effort: int) -> tuple[Array, Array, int]:
+        n = len(self.outcome.status)
+        count = 256
+        steps = jnp.asarray(effort, jnp.int32)
+        lower, upper, free = _ranged(self.model, count, self.arrays, self.asked.region, n, steps)
+        return lower, upper, int(free)
+
+    def _settle_proved(self, owner: np.ndarray, waiting: np.ndarray) -> None:
+        """VERIFIED for the sets none of whose clauses wait."""
+        unproved = np.zeros(len(self.outcome.status), bool)
+        unproved[owner[waiting]] = True
+        self.outcome.settle(~unproved, Status.VERIFIED)
+
+    # --- The loop
+
+    def _run(self, block, k: int, start: Any, places: np.ndarray, owner: np.ndarray) -> None:
+        """Work on sub-domains until all questions are answered or the budget is used up.
+
+        Args:
+          block: (stack, steps) -> stack.
+          k: sub-domains of a step.
+          start: one sub-domain for each of n questions.
+          places: the questions among them that are asked.
+          owner: the set that each question is about, (n,).
+        """
+        n = len(owner)
+        pool = _Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
+        steps, blocks, stuck = 1, 0, np.zeros(len(self.outcome.status), bool)
+        while True:
+            began = time.perf_counter()
+            before = int(pool.stack.visited)
+            pool.stack = block(pool.stack, jnp.asarray(steps, jnp.int32))
+            self.outcome.visited += int(pool.stack.visited) - before
+            broken, example = np.asarray(pool.stack.broken), np.asarray(pool.stack.example)
+            for i in np.flatnonzero(broken):
+                self.outcome.falsify(np.arange(len(stuck)) == owner[i], example[i][None])
+            stuck[owner[np.flatnonzero(pool.stack.stuck)]] = True
+            waiting = pool.waiting()
+            self.clock.report(self.outcome, sum(waiting.values()))
+            unproved = np.zeros(len(stuck), bool)
+            unproved[[owner[i] for i in waiting]] = True
+            self.outcome.settle(~unproved & stuck, Status.UNKNOWN, Reason.NUMERICS)
+            self.outcome.settle(~unproved & ~stuck, Status.VERIFIED)
+            over = self.clock.over(self.outcome) or pool.make_room()
+            if not (self.outcome.open & unproved).any():
+                return
+            if over:
+                self.outcome.settle(unproved, Status.UNKNOWN, over)
+                return
+            pool.drop(owner, self.outcome.open)
+            took, blocks = time.perf_counter() - began, blocks + 1
+            steps = min(2 * steps, 64) if took < 0.3 else max(1, int(steps * 0.5 / took))
+            if blocks & (blocks - 1) == 0 and blocks >= 4:
+                self.attack(restarts=512, steps=60)
+
+
+class _Pool:
+    """A stack on the device with more room on the host."""
+
+    def __init__(self, start, places, n: int, k: int, shape, memory: int):
+        size = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in jax.tree.leaves(start))
+        capacity = max(4 * k + n, min(2**14, memory // max(1, 4 * size)))
+        stack = search.stack(start, jnp.zeros((n, *shape)), capacity)
+        m = len(places)
+        order = np.concatenate([places, np.zeros(capacity - m, np.int64)])
+        domains = jax.tree.map(lambda a: a[order], stack.domains)
+        owner = stack.owner[order]
+        self.stack = dataclasses.replace(
+            stack, domains=domains, owner=owner, count=jnp.asarray(m, jnp.int32)
+        )
+        self.k, self._size, self._memory = k, size, memory
+        self._spilled: list[Any] = []
+
+    def waiting(self) -> dict[int, int]:
+        """How many sub-domains wait, by question."""
+        owners = [np.asarray(self.stack.owner)[: int(self.stack.count)]]
+        owners += [owner for _, owner in self._spilled]
+        found, counts = np.unique(np.concatenate(owners), return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+    def make_room(self) -> Reason | None:
+        """Move the lower half of a full stack to the host, or bring sub-domains back to an empty
+        one; MEMORY if there is no more room anywhere."""
+        count, capacity = int(self.stack.count), self.stack.capacity
+        if count == 0 and self._spilled:
+            domains, owner = self._spilled.pop()
+            self._replace(domains, owner)
+        elif count + self.k > capacity:
+            half = count // 2
+            kept = sum(len(owner) for _, owner in self._spilled)
+            if (kept + half + capacity) * self._size > self._memory:
+                return Reason.MEMORY
+            state = jax.tree.map(np.asarray, (self.stack.domains, self.stack.owner))
+            self._spilled.append(jax.tree.map(lambda a: a[:half].copy(), state))
+            self._replace(*jax.tree.map(lambda a: a[half:count], state))
+        return None
+
+    def drop(self, owner: np.ndarray, still_open: np.ndarray) -> None:
+        """Forget the sub-domains on the host whose sets have their answer."""
+        kept = []
+        for domains, mine in self._spilled:
+            use = still_open[owner[mine]]
+            if use.any():
+                kept.append(jax.tree.map(lambda a, use=use: a[use], (domains, mine)))
+        self._spilled = kept
+
+    def _replace(self, domains: Any, owner: np.ndarray) -> None:
+        def filled(old: Array, new: np.ndarray) -> Array:
+            return jnp.zeros(old.shape, old.dtype).at[: len(new)].set(new)
+
+        self.stack = dataclasses.replace(
+            self.stack,
+            domains=jax.tree.map(filled, self.stack.domains, domains),
+            owner=filled(self.stack.owner, owner),
+            count=jnp.asarray(len(owner), jnp.int32),
+        )
+
+
+def _rounded(n: int) -> int:
+    """n or somewhat more, so that few programs serve all numbers: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << (n - 1).bit_length()
+    return 3 * power // 4 if n <= 3 * power // 4 else power
+
+
+def _padded(asked: Question, clauses: int, rows: int) -> Question:
+    """The question with rows and clauses that state nothing, up to these numbers."""
+    more = max(clauses - asked.clauses.shape[1], 0), max(rows - asked.clauses.shape[2], 0)
+    return Question(
+        asked.region,
+        np.pad(asked.matrix, [(0, 0), (0, more[1]), (0, 0)]),
+        np.pad(asked.offset, [(0, 0), (0, more[1])]),
+        np.pad(asked.clauses, [(0, 0), (0, more[0]), (0, more[1])]),
+    )
+
+
+def _each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Question:
+    """One question for each pair of a set and a clause, with that clause's rows only."""
+    clauses = np.asarray(asked.clauses)[here, clause]
+    most = _rounded(int(clauses.sum(1).max()))
+    order = np.argsort(~clauses, axis=1, kind="stable")[:, :most]
+    return Question(
+        jax.tree.map(lambda a: a[here], asked.region),
+        jnp.asarray(np.asarray(asked.matrix)[here[:, None], order]),
+        jnp.asarray(np.asarray(asked.offset)[here[:, None], order]),
+        jnp.asarray(np.take_along_axis(clauses, order, 1)[:, None]),
+    )
+
+
+# --- Compiled parts -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attacked(model: Traceable, restarts: int, steps: int, arrays: Any, asked: Question, key: Any):
+    """Which questions an attack answers, (n,), and by which points."""
+    n = asked.clauses.shape[0]
+    key = jax.random.wrap_key_data(key)
+    place = jnp.tile(jnp.arange(n), restarts)
+    mine = jax.tree.map(lambda a: a[place], asked)
+    # Restarts are dealt out to the clauses; a descent on the nearest one leaves most of them out.
+    count = jnp.maximum(jnp.sum(jnp.any(mine.clauses, 2), 1), 1)
+    target = (jnp.arange(n * restarts) // n) % count
+    only = jnp.arange(mine.clauses.shape[1]) == target[:, None]
+    dealt = dataclasses.replace(mine, clauses=mine.clauses & only[..., None])
+    start = gradient.uniform(key, mine.region)
+    points, _ = gradient.descend(model.objective(arrays, dealt), mine.region, start, steps=steps)
+    broken, _ = model.tried(arrays, asked, points, place)
+    broken = broken.reshape(restarts, n)
+    first = inputs.first(broken.T.astype(jnp.int32))
+    points = points.reshape(restarts, n, *model.shape)
+    return jnp.any(broken, 0), points[first, jnp.arange(n)]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _input_block(model, places, k, arrays, asked, state, steps):
+    expand = functools.partial(inputs.expansion, model, places, arrays, asked)
+    return search.block(expand, k, state, steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _hidden_block(model, options, k, arrays, asked, state, steps):
+    expand = functools.partial(activations.expansion, model, options, arrays, asked)
+    return search.block(expand, k, state, steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _ranged(model, count, arrays, region, n, steps):
+    return activations.ranges(model, arrays, region, n, count, steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _beginnings(model, free, arrays, asked, lower, upper):
+    return activations.beginning(model, arrays, asked, lower, upper, free, 20)
