@@ -39,7 +39,7 @@ from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.graph import Var
-from jaxcert.sets import Array, Box, InputSet
+from jaxcert.sets import Array, Box, InputSet, per_example
 from jaxcert.specs import Spec
 
 
@@ -204,55 +204,45 @@ class Pass:
 # --- Ascent ---------------------------------------------------------------------------------------
 
 
-def improved(some: Pass, start: Multipliers, steps: int, rate: float) -> tuple[Multipliers, Array]:
-    """The best multipliers and bounds (k,) met on `steps` steps of Adam."""
+def improved(
+    some: Pass, start: Multipliers, units: Array, steps: int, rate: float
+) -> tuple[Multipliers, Array, Array]:
+    """The best multipliers met on some steps of Adam from `start`, itself included, their bounds
+    (k,), and the coefficients (k, *input) there.
+
+    Args:
+      units: of the multipliers of hidden values, (k, n): typical sizes of the coefficients there.
+    """
     import optax  # here, because it takes longer to load than all the rest
 
-    side = some.domains.side
-    scale = _scales(some, start)
     optimiser = optax.adam(optax.exponential_decay(rate, 1, 0.97))
 
     def actual(p: Multipliers) -> Multipliers:
-        return dataclasses.replace(p, hidden=p.hidden * scale)
+        return dataclasses.replace(p, hidden=p.hidden * units)
 
-    def loss(p: Multipliers) -> tuple[Array, Array]:
-        found, _ = some.bound(actual(p))
-        return -jnp.sum(jnp.where(jnp.isfinite(found), found, 0.0)), found
-
-    def keep_better(best, p, found):
-        values, kept = best
-        better = found > values
-        kept = jax.tree.map(lambda old, new: jnp.where(better[:, None], new, old), kept, p)
-        return jnp.where(better, found, values), kept
+    def loss(p: Any) -> tuple[Array, Any]:
+        found, slope = some.bound(actual(p))
+        return -jnp.sum(jnp.where(jnp.isfinite(found), found, 0.0)), (found, slope)
 
     def step(carry, _):
-        p, state, best = carry
-        slope, found = jax.grad(loss, has_aux=True)(p)
-        best = keep_better(best, p, found)
-        updates, state = optimiser.update(slope, state, p)
-        p = _allowed(jax.tree.map(jnp.add, p, updates), side)
-        return (p, state, best), None
+        p, state, (values, kept) = carry
+        gradient, (found, slope) = jax.grad(loss, has_aux=True)(p)
+        better = found > values
+        kept = jax.tree.map(
+            lambda old, new: jnp.where(per_example(better, new), new, old), kept, (p, slope)
+        )
+        values = jnp.where(better, found, values)
+        updates, state = optimiser.update(gradient, state)
+        p = _allowed(jax.tree.map(jnp.add, p, updates), some.domains.side)
+        return (p, state, (values, kept)), None
 
-    p = dataclasses.replace(start, hidden=start.hidden / scale)
+    p = dataclasses.replace(start, hidden=start.hidden / units)
     worst = jnp.full(len(some.domains.bound), -jnp.inf, some.walk.dtype)
-    carry = (p, optimiser.init(p), (worst, p))
-    (p, _, best), _ = jax.lax.scan(step, carry, None, length=steps)
-    values, kept = keep_better(best, p, some.bound(actual(p))[0])
-    return actual(kept), values
-
-
-def _scales(some: Pass, start: Multipliers) -> Array:
-    """Typical sizes of the coefficients on each hidden value's layer, (k, n): the units of its
-    multipliers."""
-    seen: dict[Var, Array] = {}
-    some.bound(start, seen)
-    net, found = some.walk.net, [jnp.zeros_like(some.domains.lower[:, :0])]
-    for v in some.hidden:
-        shape = len(some.domains.bound), _size(some.walk, v)
-        size = jnp.max(net.flat(jnp.abs(seen[v]), v), 1) if v in seen else jnp.ones(shape[0])
-        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1.0).astype(found[0].dtype)
-        found.append(jnp.broadcast_to(size[:, None], shape))
-    return jnp.concatenate(found, 1)
+    slope = jnp.zeros(some.walk.net.input.shape, some.walk.rows_dtype)
+    state = optimiser.init(p)  # type: ignore[arg-type]
+    carry, _ = jax.lax.scan(step, (p, state, (worst, (p, slope))), None, length=steps + 1)
+    values, (kept, slope) = carry[2]
+    return actual(kept), values, slope
 
 
 def _allowed(p: Multipliers, side: Array) -> Multipliers:
@@ -266,9 +256,23 @@ def _allowed(p: Multipliers, side: Array) -> Multipliers:
 # --- What to split --------------------------------------------------------------------------------
 
 
-def scores(some: Pass, given: Multipliers) -> tuple[Array, Array]:
-    """How much each hidden value contributes to the gap, and where it would be cut: (k, N) each
-    over all hidden values. Not positive where a cut would not help."""
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What is known of the n hidden values of k sub-domains, (k, n) each.
+
+    Attributes:
+      gain: how much each contributes to the gap; not positive where a cut would not help.
+      cut: where it would be cut.
+      unit: the largest coefficient in its layer.
+    """
+
+    gain: Array
+    cut: Array
+    unit: Array
+
+
+def scores(some: Pass, given: Multipliers) -> Scores:
+    """What to split next, by the gaps that the functions leave at these multipliers."""
     walk, net = some.walk, some.walk.net
     seen: dict[Var, Array] = {}
     some.bound(given, seen)
@@ -284,14 +288,18 @@ def scores(some: Pass, given: Multipliers) -> tuple[Array, Array]:
         weight = jnp.where(seen[y] < 0, gap.upper, gap.lower)
         gains[x] = gains[x] + jnp.abs(seen[y]) * jnp.where(jnp.isfinite(weight), weight, 0.0)
         cuts[x] = cut
-    flat_gains, flat_cuts = [], []
+    none = jnp.zeros((net.batch, 0), jnp.float32)
+    gain, cut, unit = [none.astype(walk.dtype)], [none], [none]
     for v in some.hidden:
-        box = walk.boxes[v]
-        cut = cuts[v].astype(jnp.float32)
-        inside = (box.lower < cut) & (cut < box.upper)
-        flat_gains.append(net.flat(jnp.where(inside, gains[v] + 2.0**-100, -1.0), v))
-        flat_cuts.append(net.flat(cut, v))
-    return jnp.concatenate(flat_gains, 1), jnp.concatenate(flat_cuts, 1)
+        box, c = walk.boxes[v], cuts[v].astype(jnp.float32)
+        inside = (box.lower < c) & (c < box.upper)
+        gain.append(net.flat(jnp.where(inside, gains[v] + 2.0**-100, -1.0), v))
+        cut.append(net.flat(c, v))
+        rows = net.flat(jnp.abs(seen[v]), v) if v in seen else none
+        size = jnp.max(rows, 1, initial=0.0, keepdims=True)
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
+        unit.append(jnp.broadcast_to(size.astype(jnp.float32), cut[-1].shape))
+    return Scores(*[jnp.concatenate(parts, 1) for parts in (gain, cut, unit)])
 
 
 def _cut(walk: Walk, y: Var, x: Var) -> Array:
@@ -336,39 +344,37 @@ def expansion(
     """Split a batch of sub-domains and bound the halves. Only inside `enable_x64`."""
     mine = jax.tree.map(lambda a: a[owner], question)
     some = Pass(model, arrays, mine, domains)
-    gains, cuts = scores(some, domains.multipliers)
-    place = _best_split(functools.partial(Pass, model, arrays, mine), options, domains, gains, cuts)
-    cut = jnp.take_along_axis(cuts, place[:, None], 1)[:, 0]
-    halves = [_half(domains, place, cut, upper) for upper in (False, True)]
+    known = scores(some, domains.multipliers)
+    place = _best_split(functools.partial(Pass, model, arrays, mine), options, domains, known)
+    halves = [_half(domains, place, known.cut, upper) for upper in (False, True)]
     children = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
     both = jax.tree.map(lambda a: jnp.concatenate([a, a]), mine)
-    better = Pass(model, arrays, both, children)
-    multipliers, bound = improved(better, children.multipliers, options.steps, options.rate)
+    multipliers, bound, slope = improved(
+        Pass(model, arrays, both, children), children.multipliers, jnp.tile(known.unit, (2, 1)),
+        options.steps, options.rate,
+    )  # fmt: skip
     bound = jnp.fmax(bound, children.bound)
     children = dataclasses.replace(children, multipliers=multipliers, bound=bound)
 
-    owners = jnp.tile(owner, 2)
-    points = _tries(model, arrays, better, multipliers, jnp.concatenate([there, there]))
+    owners, there = jnp.tile(owner, 2), jnp.tile(there, 2)
+    points = _tries(model, arrays, both, slope)
     broken, _ = model.tried(arrays, question, points, owners)
-    hopeless = jnp.max(gains, 1) <= 0
+    hopeless = jnp.tile(jnp.max(known.gain, 1) <= 0, 2)
     return Expansion(
-        children, owners, jnp.tile(there, 2) & ~(bound > 0), jnp.tile(hopeless, 2), bound, points,
-        owners, broken & jnp.tile(there, 2),
-    )  # fmt: skip
+        children, owners, there & ~(bound > 0), hopeless, bound, points, owners, broken & there
+    )
 
 
-def _best_split(passes: Any, options: Options, domains: Domains, gains: Array, cuts: Array):
+def _best_split(passes: Any, options: Options, domains: Domains, known: Scores) -> Array:
     """Among the hidden values with the largest scores, the one whose halves have the best bounds
     before any ascent: the worse half counts, then the better one."""
-    _, places = jax.lax.top_k(gains, options.candidates)
+    _, places = jax.lax.top_k(known.gain, options.candidates)
     if options.candidates == 1:
         return places[:, 0]
 
     def halves_of(place: Array) -> Array:
-        cut = jnp.take_along_axis(cuts, place[:, None], 1)[:, 0]
-
         def bound(upper: Array) -> Array:
-            half = _half(domains, place, cut, upper)
+            half = _half(domains, place, known.cut, upper)
             low, _ = passes(half).bound(half.multipliers)
             return jnp.minimum(jnp.where(jnp.isnan(low), -jnp.inf, low), 0.0)
 
@@ -376,7 +382,7 @@ def _best_split(passes: Any, options: Options, domains: Domains, gains: Array, c
         return jnp.minimum(low, high) + 0.1 * jnp.maximum(low, high)
 
     worth = jax.lax.map(halves_of, places.T)
-    valid = jnp.take_along_axis(gains, places, 1).T > 0
+    valid = jnp.take_along_axis(known.gain, places, 1).T > 0
     worth = jnp.where(valid, worth, -jnp.inf)
     best = jnp.max(worth, 0, keepdims=True)
     choice = jnp.min(jnp.where(worth == best, jnp.arange(len(worth))[:, None], len(worth) - 1), 0)
@@ -384,9 +390,8 @@ def _best_split(passes: Any, options: Options, domains: Domains, gains: Array, c
 
 
 def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
-    """The sub-domains in which one hidden value is below the cut, or above it."""
+    """The sub-domains in which one hidden value is below its cut, or above it."""
     here = jnp.arange(domains.lower.shape[1]) == place[:, None]
-    cut = cut[:, None]
     return dataclasses.replace(
         domains,
         lower=jnp.where(here & upper, cut, domains.lower),
@@ -395,14 +400,11 @@ def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
     )
 
 
-def _tries(model: Traceable, arrays: Any, some: Pass, given: Multipliers, there: Array) -> Array:
+def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> Array:
     """A point of each set where the linear bound is least, pushed on by a few steps of descent."""
-    _, slope = some.bound(given)
-    region, question = some.question.region, some.question
-    x = gradient.corner(region, slope.astype(some.walk.dtype))
+    start = gradient.corner(question.region, slope.astype(jnp.float64))
     objective = model.objective(arrays, question)
-    points, _ = gradient.descend(objective, region, x, steps=8, size=0.15)
-    return points
+    return gradient.descend(objective, question.region, start, steps=8, size=0.15)[0]
 
 
 # --- The beginning --------------------------------------------------------------------------------
@@ -448,5 +450,6 @@ def beginning(
     side = jnp.zeros(lower.shape, jnp.int8)
     start = Domains(lower, upper, side, Multipliers(*none, weights), jnp.zeros(len(lower)))
     some = Pass(model, arrays, question, start)
-    multipliers, bound = improved(some, start.multipliers, steps, 0.3)
+    ones = jnp.ones_like(lower)
+    multipliers, bound, _ = improved(some, start.multipliers, ones, steps, 0.3)
     return dataclasses.replace(start, multipliers=multipliers, bound=bound)

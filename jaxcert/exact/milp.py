@@ -25,23 +25,20 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.bounds.linear import Hidden, bounder, crown
-from jaxcert.bounds.planes import is_affine
-from jaxcert.bounds.products import exact_products
-from jaxcert.bounds.walk import BoundHidden, Walk
+from jaxcert.bounds.walk import BoundHidden
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question, question, rows_at
 from jaxcert.floats import ieee_float64
-from jaxcert.graph import Equation, Graph, Var, holds_all, read, unsupported
 from jaxcert.model import Model, as_float64, is_traced, output_shape, split, uses_float64
-from jaxcert.sets import Box, InputSet, L1Ball, L2Ball, checked, contains, project
+from jaxcert.sets import Box, InputSet, L2Ball, checked, contains, project
 from jaxcert.specs import Property, Spec
 from jaxcert.tracing import Traced
 
@@ -96,21 +93,38 @@ def verify(
       ['VERIFIED: decided', 'FALSIFIED: decided'] True
     """
     clock = _Clock(seconds)
-    task = _Task.of(f, region, hidden)
-    asked = question(task.region, spec, task.n, task.k)
-    count = asked.clauses.shape[1]
-    found = [
-        _decided(task, asked, i, clock, functools.partial(_left, task.n * count, i * count))
-        for i in range(task.n)
-    ]
-    status, reason, points = zip(*found, strict=True)
+    task = _Task.of(f, region, spec, hidden)
+    status, reason, points = zip(*[_decided(task, i, clock) for i in range(task.n)], strict=True)
     example = None
     if Status.FALSIFIED in status:
         blank = np.zeros(task.model.shape)
-        example = np.stack([blank if p is None else p for p in points])
         with jax.enable_x64(True):
-            example = jnp.asarray(example).astype(task.model.dtype)
+            example = jnp.asarray(np.stack([blank if p is None else p for p in points]))
+            example = example.astype(task.model.dtype)
     return Verdict(jnp.array(status, jnp.int32), jnp.array(reason, jnp.int32), example)
+
+
+def _decided(task: "_Task", i: int, clock: "_Clock") -> tuple[Status, Reason, np.ndarray | None]:
+    """The answer for example i, with a counterexample if there is one."""
+    if clock.share(1) <= 0:
+        return Status.UNKNOWN, Reason.TIME, None
+    program, outputs = task.encoded(i)
+    matrix, offset, clauses = (
+        a[i] for a in (task.asked.matrix, task.asked.offset, task.asked.clauses)
+    )
+    reasons = set()
+    for j, clause in enumerate(clauses):
+        share = clock.share((task.n - i) * len(clauses) - j)
+        found = program.least(outputs.mapped(matrix[clause], offset[clause]), share)
+        if found.x is not None:
+            point = task.rounded(i, task.inside(i, found.x))
+            if task.breaks(i, point):
+                return Status.FALSIFIED, Reason.NONE, point
+        if not found.lower > TOLERANCE:
+            reasons.add(Reason.TIME if found.out_of_time else Reason.NUMERICS)
+    if not reasons:
+        return Status.VERIFIED, Reason.NONE, None
+    return Status.UNKNOWN, Reason.TIME if Reason.TIME in reasons else Reason.NUMERICS, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,43 +153,37 @@ def minimum(
     """Find the least value of each row of C f(x) + d over the set, between two bounds.
 
     The lower one holds up to HiGHS's tolerance of 1e-7, so it is no proof with rounding counted;
-    the upper one is attained, up to the rounding of float64.
+    the upper one is attained, up to the rounding of float64. They meet unless time runs out.
 
-    Arguments and errors as for `verify`, but for the spec, which is a plain `Spec`. A program that
-    runs out of time leaves its bounds apart.
+    Arguments and errors as for `verify`, but for the spec, which is a plain `Spec`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxcert import LinfBall, Spec
       >>> f = lambda x: jnp.abs(x) - 0.5 * x
-      >>> found = minimum(f, LinfBall(jnp.full((1, 1), 0.25), 1.0), Spec(jnp.eye(1)))
+      >>> found = minimum(f, LinfBall(jnp.full((1, 1), 0.25), 1.0), Spec(jnp.eye(1), 2.0))
       >>> print(found.lower, found.upper, found.point)
-      [[0.]] [[0.]] [[[0.]]]
+      [[2.]] [[2.]] [[[0.]]]
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"minimum needs the rows of one Spec, got {type(spec).__name__}")
     clock = _Clock(seconds)
-    task = _Task.of(f, region, hidden)
-    asked = question(task.region, spec, task.n, task.k)
-    count = asked.matrix.shape[1]
-    lower = np.full((task.n, count), -np.inf)
-    upper = np.full((task.n, count), np.inf)
+    task = _Task.of(f, region, spec, hidden)
+    count = task.asked.matrix.shape[1]
+    lower, upper = np.full((task.n, count), -np.inf), np.full((task.n, count), np.inf)
     point = np.full((task.n, count, *task.model.shape), np.nan)
     for i in range(task.n):
-        program = task.program(i) if clock.share(1) > 0 else None
-        for j in range(count if program else 0):
-            share = clock.share(_left(task.n * count, i * count, j))
-            found = program.least(asked.matrix[i, [j]], asked.offset[i, [j]], share)
+        if clock.share(1) <= 0:
+            break
+        program, outputs = task.encoded(i)
+        rows = outputs.mapped(task.asked.matrix[i], task.asked.offset[i])
+        for j in range(count):
+            found = program.least(rows[j : j + 1], clock.share((task.n - i) * count - j))
             lower[i, j] = found.lower
             if found.x is not None:
                 point[i, j] = task.inside(i, found.x)
-                upper[i, j] = task.rows(asked, i, point[i, j])[j]
+                upper[i, j] = task.rows(i, point[i, j])[j]
     return Minimum(lower, upper, point)
-
-
-def _left(total: int, before: int, done: int) -> int:
-    """How many programs are left, of which an example's first comes after `before` others."""
-    return total - before - done
 
 
 class _Clock:
@@ -191,56 +199,31 @@ class _Clock:
         return max(0.0, self._end - time.monotonic()) / parts
 
 
-def _decided(
-    task: "_Task", asked: Question, i: int, clock: _Clock, left: Callable[[int], int]
-) -> tuple[Status, Reason, np.ndarray | None]:
-    """The answer for example i, with a counterexample if there is one."""
-    if clock.share(1) <= 0:
-        return Status.UNKNOWN, Reason.TIME, None
-    program, open_for = task.program(i), set()
-    for j, clause in enumerate(asked.clauses[i]):
-        found = program.least(
-            asked.matrix[i, clause], asked.offset[i, clause], clock.share(left(j))
-        )
-        if found.x is not None:
-            point = task.rounded(i, task.inside(i, found.x))
-            if task.breaks(asked, i, point):
-                return Status.FALSIFIED, Reason.NONE, point
-        if not found.lower > TOLERANCE:
-            open_for.add(Reason.TIME if found.out_of_time else Reason.NUMERICS)
-    if not open_for:
-        return Status.VERIFIED, Reason.NONE, None
-    return Status.UNKNOWN, min(open_for), None
-
-
-# --- A model and its sets -------------------------------------------------------------------------
+# --- A question about a model ---------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A model on n sets, whose arrays are in float64.
+    """A question about a model on n sets, in float64.
 
     Attributes:
       model, arrays: the model.
-      region: the sets.
-      n, k: how many they are, and how many outputs the model has.
+      traced: its graph at a batch of one.
+      asked: the question.
       hidden: how hidden values are bounded.
-      traced: the model's graph at a batch of one.
     """
 
     model: Traceable
     arrays: Any
-    region: InputSet
-    n: int
-    k: int
-    hidden: Hidden | None
     traced: Traced
+    asked: Question
+    hidden: Hidden | None
 
     @classmethod
-    def of(cls, f: Model, region: InputSet, hidden: Hidden | None) -> "_Task":
+    def of(cls, f: Model, region: InputSet, prop: Property, hidden: Hidden | None) -> "_Task":
         """The task, with everything checked that can be."""
         arrays, structure = split(f)
-        if is_traced(arrays, region):
+        if is_traced(arrays, region, prop):
             raise TypeError("mixed-integer programs are solved on the host: call this outside jit")
         region = checked(region)
         if isinstance(region, L2Ball):
@@ -254,64 +237,72 @@ class _Task:
         model = Traceable(structure, tuple(x.shape[1:]), dtype, uses_float64(), ())
         with jax.enable_x64(True):
             arrays, region = ieee_float64((arrays, region))
-            traced = model.trace(arrays, 1)
-            return cls(model, arrays, as_float64(region), len(x), k, hidden, traced)
+            asked = question(as_float64(region), prop, len(x), k)
+            return cls(model, arrays, model.trace(arrays, 1), asked, hidden)
 
-    def program(self, i: int) -> "Program":
+    @property
+    def n(self) -> int:
+        """How many sets there are."""
+        return len(self.asked.matrix)
+
+    def set(self, i: int) -> InputSet:
+        """Set i as a batch of one."""
+        return _part(self.asked.region, i)
+
+    def encoded(self, i: int) -> "tuple[Program, Affine]":
         """The model on set i."""
-        with jax.enable_x64(True):
-            return encoded(self.traced, _single(self.region, i), self._hidden(i))
-
-    def _hidden(self, i: int) -> BoundHidden | None:
-        # All rows at once: a loop over chunks of them would be compiled anew for each example.
         if isinstance(self.hidden, tuple | list):
-            return bounder([jax.tree.map(lambda end: end[i : i + 1], b) for b in self.hidden])
-        return bounder(crown if self.hidden is None else self.hidden, chunk=1 << 20)
+            bound = bounder([jax.tree.map(lambda end: end[i : i + 1], b) for b in self.hidden])
+        else:
+            # All rows at once: a loop over chunks of them would be compiled anew for each example.
+            bound = bounder(crown if self.hidden is None else self.hidden, chunk=1 << 20)
+        with jax.enable_x64(True):
+            return encoded(self.traced, self.set(i), bound)
 
     def inside(self, i: int, x: np.ndarray) -> np.ndarray:
         """The point of set i nearest to x."""
         with jax.enable_x64(True):
-            flat = jnp.asarray(x).reshape(1, *self.model.shape)
-            return np.asarray(project(_single(self.region, i), flat)[0])
+            return np.asarray(project(self.set(i), jnp.asarray(x).reshape(1, *self.model.shape))[0])
 
     def rounded(self, i: int, point: np.ndarray) -> np.ndarray:
-        """A point of set i rounded to the input's type, towards the centre, where the set goes on."""
-        region = _single(self.region, i)
-        ball = not isinstance(region, Box)
-        centre = np.asarray(region.x if ball else region.lower / 2 + region.upper / 2)[0]
+        """A point of set i in the input's type, rounded towards the centre, where the set goes on."""
+        with jax.enable_x64(True):
+            region = self.set(i)
+            ball = not isinstance(region, Box)
+            centre = np.asarray(region.x if ball else region.lower / 2 + region.upper / 2)[0]
         near = point.astype(self.model.dtype)
-        back = np.nextafter(near, centre.astype(self.model.dtype))
         beyond = np.abs(near.astype(np.float64) - centre) > np.abs(point - centre)
+        back = np.nextafter(near, centre.astype(self.model.dtype))
         return np.where(beyond, back, near).astype(np.float64)
 
-    def breaks(self, asked: Question, i: int, point: np.ndarray) -> bool:
+    def breaks(self, i: int, point: np.ndarray) -> bool:
         """Whether a point lies in set i and the model breaks the property there, replayed in the
         caller's arithmetic and in float64."""
         with jax.enable_x64(True):
             x = jnp.asarray(point)[None]
-            broken, _ = self.model.tried(self.arrays, asked, x, np.array([i]))
-            return bool(broken[0] & contains(_single(self.region, i), x)[0])
+            broken, _ = self.model.tried(self.arrays, self.asked, x, np.array([i]))
+            return bool(broken[0] & contains(self.set(i), x)[0])
 
-    def rows(self, asked: Question, i: int, point: np.ndarray) -> np.ndarray:
-        """The rows of question i (s,) at a point, in float64."""
+    def rows(self, i: int, point: np.ndarray) -> np.ndarray:
+        """The rows (s,) of question i at a point, in float64."""
         with jax.enable_x64(True):
             outputs = self.model.structure.build(as_float64(self.arrays))(jnp.asarray(point)[None])
-            return np.asarray(rows_at(asked, outputs.astype(jnp.float64), np.array([i]))[0])
+            return np.asarray(rows_at(self.asked, outputs.astype(jnp.float64), np.array([i]))[0])
 
 
-def _single(region: InputSet, i: int) -> Any:
-    """Set i as a batch of one."""
+def _part(region: InputSet, i: int) -> Any:
     if isinstance(region, Box):
         return Box(region.lower[i : i + 1], region.upper[i : i + 1])
     valid = region.valid
     if valid is not None:
-        ends = (jnp.broadcast_to(end, region.x.shape) for end in (valid.lower, valid.upper))
-        valid = _single(Box(*ends), i)
+        valid = _part(
+            Box(*[jnp.broadcast_to(v, region.x.shape) for v in (valid.lower, valid.upper)]), i
+        )
     eps = jnp.broadcast_to(region.eps, region.x.shape[:1])
     return type(region)(region.x[i : i + 1], eps[i : i + 1], valid)
 
 
-# --- Values of the model --------------------------------------------------------------------------
+# --- Values of the model, and the program around them ---------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,28 +320,31 @@ class Affine:
     upper: np.ndarray
 
     def wide(self, count: int) -> np.ndarray:
-        """The coefficients of `count` columns."""
-        missing = np.zeros((count - len(self.columns), *self.offset.shape))
-        return np.concatenate([self.columns, missing]) if len(missing) else self.columns
+        """The coefficients of `count` columns, a copy."""
+        return np.pad(self.columns, [(0, count - len(self.columns)), *[(0, 0)] * self.offset.ndim])
 
     def within(self, box: Any) -> "Affine":
-        """The same values, known to lie in a box."""
-        lower, upper = np.asarray(box.lower), np.asarray(box.upper)
-        return dataclasses.replace(
-            self, lower=np.minimum(lower, upper), upper=np.maximum(lower, upper)
-        )
+        """The same values, known to lie in a box, whose ends rounding may have swapped."""
+        ends = np.asarray(box.lower), np.asarray(box.upper)
+        return dataclasses.replace(self, lower=np.minimum(*ends), upper=np.maximum(*ends))
+
+    def mapped(self, matrix: np.ndarray, offset: np.ndarray) -> "Affine":
+        """C z + d of these values as a vector, (r,), with ends unknown."""
+        columns = self.columns.reshape(len(self.columns), -1) @ matrix.T
+        unknown = np.full(len(offset), np.nan)
+        return Affine(columns, matrix @ self.offset.ravel() + offset, unknown, unknown)
+
+    def __getitem__(self, place: Any) -> "Affine":
+        parts = (a[place] for a in (self.offset, self.lower, self.upper))
+        return Affine(self.columns[:, place], *parts)
 
     def __add__(self, other: Any) -> "Affine":
         if not isinstance(other, Affine):
-            c = np.asarray(other)
-            return Affine(self.columns, self.offset + c, self.lower + c, self.upper + c)
+            parts = (a + np.asarray(other) for a in (self.offset, self.lower, self.upper))
+            return Affine(self.columns, *parts)
         count = max(len(self.columns), len(other.columns))
-        return Affine(
-            self.wide(count) + other.wide(count),
-            self.offset + other.offset,
-            self.lower + other.lower,
-            self.upper + other.upper,
-        )
+        ends = self.lower + other.lower, self.upper + other.upper
+        return Affine(self.wide(count) + other.wide(count), self.offset + other.offset, *ends)
 
     def __mul__(self, factor: Any) -> "Affine":
         a = np.asarray(factor)
@@ -380,153 +374,271 @@ class Solution:
 
 
 class Program:
-    """Columns with their ends, and rows of linear inequalities, that describe a model on a set.
+    """Columns between ends, and linear inequalities, that describe a model on a set.
 
     Attributes:
-      output: the model's outputs, (k,).
-      binaries: how many of the columns are 0 or 1.
+      input: the model's input.
+      count: how many columns there are.
     """
 
-    output: Affine
-
     def __init__(self, box: Box):
-        self._ends: list[tuple[np.ndarray, np.ndarray, bool]] = []
-        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.count = self.binaries = 0
+        self._lower, self._upper, self._whole = [], [], []
+        self._matrices, self._least, self._most = [], [], []
+        self.count = 0
         lower, upper = np.asarray(box.lower), np.asarray(box.upper)
-        self._inputs = lower.size
-        place = self.columns(lower.ravel(), upper.ravel())
-        unit = np.eye(place.size).reshape(-1, *lower.shape)
+        self.columns(lower.ravel(), upper.ravel())
+        unit = np.eye(lower.size).reshape(-1, *lower.shape)
         self.input = Affine(unit, np.zeros(lower.shape), lower, upper)
 
-    def columns(self, lower: Any, upper: Any, binary: bool = False) -> np.ndarray:
-        """The places of new columns with these ends, (n,) each."""
-        self._ends.append((lower, upper, binary))
-        self.binaries += binary * len(lower)
-        self.count += len(lower)
-        return np.arange(self.count - len(lower), self.count)
+    def columns(self, lower: np.ndarray, upper: np.ndarray, binary: bool = False) -> np.ndarray:
+        """The places (n,) of new columns with these ends."""
+        start, self.count = self.count, self.count + len(lower)
+        self._lower.append(lower)
+        self._upper.append(upper)
+        self._whole.append(np.full(len(lower), binary))
+        return np.arange(start, self.count)
 
-    def rows(self, terms: Sequence[Any], least: np.ndarray, most: Any = np.inf) -> None:
-        """Rows least <= sum of terms <= most.
+    def binaries(self, n: int) -> np.ndarray:
+        """The places (n,) of new columns that are 0 or 1."""
+        return self.columns(np.zeros(n), np.ones(n), binary=True)
+
+    def rows(self, *terms: Any, least: np.ndarray, most: float = np.inf) -> None:
+        """The inequalities least <= sum of the terms <= most.
 
         Args:
-          terms: matrices (r, m), over the first m columns, and pairs (places, factors) of one
-            column for each row, (r,).
-          least, most: (r,).
+          *terms: matrices (r, m) over the first m columns, and pairs (places, factor) of one column
+            for each row.
+          least, most: (r,) and a number.
         """
+        from scipy.sparse import csr_array
+
         matrix = np.zeros((len(least), self.count))
         for term in terms:
             if isinstance(term, tuple):
                 matrix[np.arange(len(least)), term[0]] += term[1]
             else:
                 matrix[:, : term.shape[1]] += term
-        self._rows.append((matrix, least, np.broadcast_to(most, least.shape)))
+        self._matrices.append(csr_array(matrix))
+        self._least.append(least)
+        self._most.append(np.full(len(least), most))
 
-    def near(self, centre: np.ndarray, eps: float) -> None:
-        """Keep the input within eps of a centre in L1: sum e <= eps for an e >= |x - centre|."""
-        x, c = np.eye(centre.size), centre.ravel()
-        e = self.columns(np.zeros_like(c), np.full_like(c, eps))
-        self.rows([-x, (e, 1.0)], -c)
-        self.rows([x, (e, 1.0)], c)
+    def keep_near(self, centre: np.ndarray, eps: float) -> None:
+        """The input is within eps of a centre in L1: sum_i e_i <= eps for some e >= |x - centre|."""
+        c, unit = centre.ravel(), np.eye(centre.size)
+        e = self.columns(np.zeros(c.size), np.full(c.size, eps))
+        self.rows(-unit, (e, 1.0), least=-c)
+        self.rows(unit, (e, 1.0), least=c)
         total = np.zeros((1, self.count))
-        total[0, e] = -1.0
-        self.rows([total], np.array([-eps]))
+        total[:, e] = 1.0
+        self.rows(total, least=np.zeros(1), most=eps)
 
     def relu(self, z: Affine) -> Affine:
         """max(z, 0). Where an end of z is not known, the result is only bounded from below."""
         active = z.lower >= 0
         unsure = ~active & ~(z.upper <= 0)
-        low, high = z.lower[unsure], z.upper[unsure]
-        known = np.isfinite(low) & np.isfinite(high)
-        y = self.columns(np.zeros_like(high), np.where(known, high, np.inf))
-        d = self.columns(np.zeros_like(high), np.ones_like(high), binary=True)
-        x = z.columns[:, unsure].T
-        c = z.offset[unsure]
-        self.rows([-x, (y, 1.0)], c)
-        x, c, y_, d, low, high = (a[known] for a in (x, c, y, d, low, high))
-        self.rows([(d, high), (y_, -1.0)], np.zeros_like(high))
-        self.rows([x, (y_, -1.0), (d, low)], low - c)
-        found = z * active
-        columns = found.wide(self.count).copy()
+        some = z[unsure]
+        known = np.isfinite(some.lower) & np.isfinite(some.upper)
+        y = self.columns(np.zeros(known.size), np.where(known, some.upper, np.inf))
+        d = self.binaries(known.size)
+        self.rows(-some.columns.T, (y, 1.0), least=some.offset)
+        some, below, on = some[known], y[known], d[known]
+        self.rows((on, some.upper), (below, -1.0), least=np.zeros(len(below)))
+        least = some.lower - some.offset
+        self.rows(some.columns.T, (below, -1.0), (on, some.lower), least=least)
+        found = Affine(
+            np.where(active, z.columns, 0), np.where(active, z.offset, 0), z.lower, z.upper
+        )
+        columns = found.wide(self.count)
         columns[y, *np.nonzero(unsure)] = 1.0
         ends = (np.where(end <= 0, 0.0, end) for end in (z.lower, z.upper))
         return Affine(columns, found.offset, *ends)
 
-    # max_j z_j over a group. Entries with u_j <= max_i l_i cannot exceed the one with that lower
-    # end. If one entry is left, it is the maximum. Otherwise, with U_j = max over the others of u_i,
-    #     y >= z_j,   y <= z_j + (U_j - l_j) (1 - d_j),   sum_j d_j = 1.
+    # max_j z_j of a group: entries with u_j <= max_i l_i never exceed the one with that lower end.
+    # If one entry is left, it is the maximum. Otherwise, with U_j the largest u_i of the others,
+    #     y >= z_j,   y <= z_j + (U_j - l_j) (1 - d_j),   sum_j d_j = 1   for some d_j in {0, 1}.
 
-    def largest(self, z: Affine, axes: Sequence[int]) -> Affine:
-        """The maximum of z along some axes; as for `relu` where an end is not known."""
-        last = range(-len(axes), 0)
-        values, l, u = (np.moveaxis(a, axes, last) for a in (z.offset, z.lower, z.upper))
-        kept = values.shape[: values.ndim - len(axes)]
-        l, u, offset = (a.reshape(math.prod(kept), -1) for a in (l, u, values))
-        l, u = np.where(np.isnan(l), -np.inf, l), np.where(np.isnan(u), np.inf, u)
-        matrix = np.moveaxis(z.columns, [a + 1 for a in axes], last).reshape(-1, *offset.shape)
-        groups, first = np.arange(len(l)), np.argmax(l, 1)
+    def largest(self, z: Affine) -> Affine:
+        """The maxima (g,) of the rows of z, (g, n); as for `relu` where an end is not known."""
+        l, u = (
+            np.where(np.isnan(z.lower), -np.inf, z.lower),
+            np.where(np.isnan(z.upper), np.inf, z.upper),
+        )
+        group, first = np.arange(len(l)), np.argmax(l, 1)
         rivals = u > np.max(l, 1, keepdims=True)
-        rivals[groups, first] = True
+        rivals[group, first] = True
         several = np.sum(rivals, 1) > 1
-        columns = np.where(several, 0.0, matrix[:, groups, first])
-        result = np.where(several, 0.0, offset[groups, first])
-        lower, upper = np.max(l, 1), np.max(np.where(rivals, u, -np.inf), 1)
-
-        y = self.columns(lower[several], upper[several])
-        of_group = np.zeros(len(l), int)
-        of_group[several] = y
+        top = np.where(rivals, u, -np.inf)
+        y = np.zeros(len(l), int)
+        y[several] = self.columns(np.max(l, 1)[several], np.max(top, 1)[several])
         g, j = np.nonzero(rivals & several[:, None])
-        d = self.columns(np.zeros(len(g)), np.ones(len(g)), binary=True)
-        x, c, owner = matrix[:, g, j].T, offset[g, j], of_group[g]
-        self.rows([-x, (owner, 1.0)], c)
-        others = np.where(rivals, u, -np.inf)[g]
+        d, some = self.binaries(len(g)), z[g, j]
+        self.rows(-some.columns.T, (y[g], 1.0), least=some.offset)
+        others = top[g]
         others[np.arange(len(g)), j] = -np.inf
-        gap = np.max(others, 1, initial=-np.inf) - l[g, j]
+        gap = np.max(others, 1) - l[g, j]
         known = np.isfinite(gap)
-        self.rows([x[known], (owner[known], -1.0), (d[known], -gap[known])], -gap[known] - c[known])
-        one = np.zeros((len(y), self.count))
-        one[np.searchsorted(y, owner), d] = 1.0
-        self.rows([one], np.ones(len(y)), np.ones(len(y)))
-        columns = Affine(columns, result, lower, upper).wide(self.count).copy()
-        columns[y, several] = 1.0
-        shaped = (a.reshape(kept) for a in (result, lower, upper))
-        return Affine(columns.reshape(-1, *kept), *shaped)
+        some, below, on, gap = some[known], y[g][known], d[known], gap[known]
+        self.rows(some.columns.T, (below, -1.0), (on, -gap), least=-gap - some.offset)
+        one = np.zeros((len(l), self.count))
+        one[g, d] = 1.0
+        self.rows(one[several], least=np.ones(np.sum(several)), most=1.0)
+        single = z[group, first]
+        columns = np.where(several, 0.0, single.wide(self.count))
+        columns[y[several], several] = 1.0
+        offset = np.where(several, 0.0, single.offset)
+        return Affine(columns, offset, np.max(z.lower, 1), np.max(z.upper, 1))
 
-    def least(self, matrix: np.ndarray, offset: np.ndarray, seconds: float) -> Solution:
-        """Minimise the largest of some rows C y + d of the outputs y.
-
-        Args:
-          matrix: C, (r, k).
-          offset: d, (r,).
-          seconds: time limit.
-        """
+    def least(self, rows: Affine, seconds: float) -> Solution:
+        """Minimise the largest of some values, (r,), within a time limit."""
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array, vstack
 
         if seconds <= 0:
             return Solution(-np.inf, None, True)
-        # Two columns more: t, and an idle binary, because SciPy returns no dual bound for programs
+        # Two columns more: t, and an idle binary, because SciPy gives no dual bound of a program
         # without integers.
         count = self.count + 2
-        values = matrix @ self.output.wide(self.count).T
-        goal = np.pad(-values, ((0, 0), (0, 2)))
-        goal[:, -2] = 1.0
-        blocks = [*self._rows, (goal, offset + matrix @ self.output.offset, np.inf + offset)]
-        least, most = (np.concatenate([block[i] for block in blocks]) for i in (1, 2))
-        lower, upper = (np.concatenate([ends[i] for ends in self._ends]) for i in (0, 1))
-        whole = [np.full(len(ends[0]), ends[2]) for ends in self._ends]
-        if not all(np.isfinite(block[0]).all() for block in blocks) or np.isnan(least).any():
+        goal = np.concatenate([-rows.wide(self.count).T, np.ones((len(rows.offset), 1))], 1)
+        matrices = [*self._matrices, csr_array(goal)]
+        for matrix in matrices:
+            matrix.resize(matrix.shape[0], count)
+        least = np.concatenate([*self._least, rows.offset])
+        most = np.concatenate([*self._most, np.full(len(rows.offset), np.inf)])
+        matrix = vstack(matrices)
+        if not (np.isfinite(matrix.data).all() and np.isfinite(least).all()):
             return Solution(-np.inf, None, False)
         found = milp(
             np.eye(count)[-2],
-            integrality=np.concatenate([*whole, [False, True]]),
-            bounds=Bounds(np.append(lower, [-np.inf, 0]), np.append(upper, [np.inf, 1])),
-            constraints=LinearConstraint(
-                vstack([csr_array(_widened(block[0], count)) for block in blocks]), least, most
+            integrality=np.concatenate([*self._whole, [False, True]]),
+            bounds=Bounds(
+                np.concatenate([*self._lower, [-np.inf, 0]]),
+                np.concatenate([*self._upper, [np.inf, 1]]),
             ),
+            constraints=LinearConstraint(matrix, least, most),
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
+        # An infeasible or failed program has bounds, too, which mean nothing.
         bound = found.mip_dual_bound if found.status in (0, 1) else None
-        x = None if found.x is None else found.x[: self._inputs]
-        lower = -np.inf if bound is None or not np.isfinite(bound) else float(bound)
+        lower = float(bound) if bound is not None and np.isfinite(bound) else -np.inf
+        x = None if found.x is None else found.x[: len(self._lower[0])]
         return Solution(lower, x, found.status == 1)
+
+
+# --- Equations ------------------------------------------------------------------------------------
+
+
+def encoded(
+    traced: Traced, region: InputSet, bound_hidden: BoundHidden | None
+) -> tuple[Program, Affine]:
+    """The program of a model on one set, and the model's outputs. Only inside `enable_x64`."""
+    walk = Walk(*traced, region, True)
+    graph = walk.expanded.graph
+    for eqn in graph.equations:
+        _require_piecewise_linear(eqn)
+    walk.run(bound_hidden)
+    program = Program(walk.boxes[walk.net.input])
+    if isinstance(region, L1Ball):
+        program.keep_near(np.asarray(region.x), float(region.eps[0]))
+    known: dict[Var, Any] = {walk.net.input: program.input}
+    for eqn in graph.equations:
+        values = [_value(known, atom) for atom in eqn.inputs]
+        if eqn.name in _KINKS and eqn.bounded:
+            results = [_KINKS[eqn.name](program, eqn, *values)]
+        else:
+            results = _affine(eqn, values)
+        for out, result in zip(eqn.outputs, results, strict=True):
+            known[out] = result.within(walk.boxes[out]) if out.bounded else result
+    outputs = _value(known, graph.outputs[0])
+    if not isinstance(outputs, Affine):
+        outputs = np.asarray(outputs)
+        outputs = Affine(np.zeros((0, *outputs.shape)), outputs, outputs, outputs)
+    return program, outputs
+
+
+def _value(known: dict[Var, Any], atom: Any) -> Any:
+    value = read(known, atom)
+    return value if isinstance(value, Affine) else as_float64(jnp.asarray(value))
+
+
+_CASTS = frozenset("convert_element_type stop_gradient copy".split())
+
+
+def _require_piecewise_linear(eqn: Equation) -> None:
+    if not eqn.bounded or eqn.name in _KINKS:
+        return
+    known = is_affine(eqn) and eqn.name != "reduce_precision"
+    if eqn.name == "convert_element_type":
+        known = known and holds_all(eqn.outputs[0].dtype, jnp.float32)
+    if not known:
+        raise unsupported(
+            eqn,
+            "the mixed-integer encoding",
+            "it takes affine equations, relu, leaky_relu, abs, max, min, clamp and pooling by max, "
+            "in float32 or wider; use bounds.crown, which takes more",
+        )
+
+
+def _affine(eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """An affine equation: its value at the offsets, its derivative along each column."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Affine)]
+    if not places:
+        return eqn.bind(*values)
+    given: list[Affine] = [values[i] for i in places]
+    if eqn.name in _CASTS:
+        return given
+    options = exact_products(True) if eqn.name in ("dot_general", "conv_general_dilated") else {}
+
+    def f(*xs: Any) -> list[Any]:
+        operands = list(values)
+        for i, x in zip(places, xs, strict=True):
+            operands[i] = x
+        return eqn.bind(*operands, **options)
+
+    offsets, slope = jax.linearize(f, *[jnp.asarray(z.offset) for z in given])
+    # Of few different numbers of columns, each of which would compile anew.
+    count = max(len(z.columns) for z in given)
+    columns = jax.vmap(slope)(*[jnp.asarray(z.wide(-(-count // 64) * 64)) for z in given])
+    unknown = (np.full(offset.shape, np.nan) for offset in offsets)
+    return [
+        Affine(np.asarray(c)[:count], np.asarray(o), nan, nan)
+        for c, o, nan in zip(columns, offsets, unknown, strict=True)
+    ]
+
+
+def _max(program: Program, eqn: Equation, *operands: Any) -> Affine:
+    z, c = operands if isinstance(operands[0], Affine) else operands[::-1]
+    return program.relu(z - c) + c
+
+
+def _min(program: Program, eqn: Equation, *operands: Any) -> Affine:
+    return -_max(program, eqn, *[-each for each in operands])
+
+
+def _clamp(program: Program, eqn: Equation, low: Any, z: Affine, high: Any) -> Affine:
+    return _min(program, eqn, _max(program, eqn, z, low), high)
+
+
+def _reduce_max(program: Program, eqn: Equation, z: Affine) -> Affine:
+    axes, shape = eqn.params["axes"], eqn.outputs[0].shape
+    last = range(-len(axes), 0)
+
+    def by_group(a: np.ndarray, lead: int) -> np.ndarray:
+        moved = np.moveaxis(a, [axis + lead for axis in axes], last)
+        return moved.reshape(*a.shape[:lead], math.prod(shape), -1)
+
+    parts = (by_group(a, 0) for a in (z.offset, z.lower, z.upper))
+    found = program.largest(Affine(by_group(z.columns, 1), *parts))
+    parts = (a.reshape(shape) for a in (found.offset, found.lower, found.upper))
+    return Affine(found.columns.reshape(-1, *shape), *parts)
+
+
+_KINKS: dict[str, Callable[..., Affine]] = {
+    "relu": lambda program, eqn, z: program.relu(z),
+    "leaky_relu": lambda program, eqn, z, a: z * a + program.relu(z) * (1 - a),
+    "abs": lambda program, eqn, z: program.relu(z) * 2.0 - z,
+    "max": _max,
+    "min": _min,
+    "clamp": _clamp,
+    "reduce_max": _reduce_max,
+}
+"""Functions with kinks, of one operand that depends on the input, by the program's own columns."""

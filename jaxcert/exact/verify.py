@@ -258,34 +258,29 @@ class _Search:
 
     def by_activations(self) -> None:
         """Branch and bound on hidden values, each clause a question of its own."""
-        here, clause = np.nonzero(
-            np.asarray(self.asked.clauses).any(2) & self.outcome.open[:, None]
-        )
-        asked = _each_clause(self.asked, here, clause)
+        here, clause = np.nonzero(np.asarray(self.asked.clauses).any(2))
         n = len(here)
-        bounds = np.full(n, -np.inf)
-        domains = None
+        more = _rounded(n) - n  # copies of the first, which are not asked
+        here, clause = (np.concatenate([a, np.repeat(a[:1], more)]) for a in (here, clause))
+        asked, domains = _each_clause(self.asked, here, clause), None
+        waiting = np.arange(len(here)) < n
         for effort in (0, 20):
             lower, upper, free = self._ranges(effort)
             domains = _beginnings(self.model, free, self.arrays, asked, lower[here], upper[here])
-            bounds = np.asarray(domains.bound)
-            self._settle_proved(here, ~(bounds > 0))
+            waiting &= ~(np.asarray(domains.bound) > 0)
+            self._settle_proved(here, waiting)
             if not self.outcome.open.any() or self.clock.over(self.outcome):
                 return
             self.attack(restarts=128, steps=60)
-        assert domains is not None
-        left = np.flatnonzero(~(bounds > 0) & self.outcome.open[here])
+        left = np.flatnonzero(waiting & self.outcome.open[here])
         if len(left) == 0:
             return
-        options = activations.Options()
-        padded = np.concatenate([left, np.repeat(left[:1], _rounded(len(left)) - len(left))])
-        asked, domains = jax.tree.map(lambda a: a[padded], (asked, domains))
-        k = 16
+        options, k = activations.Options(), 16
 
         def block(state, steps):
             return _hidden_block(self.model, options, k, self.arrays, asked, state, steps)
 
-        self._run(block, k, domains, np.arange(len(left)), here[padded])
+        self._run(block, k, domains, left, here)
 
     def _ranges(self, effort: int) -> tuple[Array, Array, int]:
         n = len(self.outcome.status)
