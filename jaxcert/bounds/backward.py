@@ -165,9 +165,14 @@ def pull_back(
         for x, rows in zip(plane.operands, _transposed(net, v, plane, form), strict=True):
             part = dataclasses.replace(form, rows=rows)
             forms[x] = _added(net, x, forms[x], part) if x in forms else part
-    if net.input not in forms:  # constant on the region
-        return jnp.zeros((count, *net.input.shape), dtype), offset
-    return _written_out(net, net.input, forms[net.input]).rows, offset
+    if net.input in forms:
+        rows = _written_out(net, net.input, forms[net.input]).rows
+    else:  # constant on the region
+        rows = jnp.zeros((count, *net.input.shape), dtype)
+    if net.input in stops:
+        rows, more = stops[net.input](rows)
+        offset = offset + more
+    return rows, offset
 
 
 def ancestors(net: Net, planes: Mapping[Var, Planes], start: Var) -> list[Var]:

@@ -301,6 +301,12 @@ def _other_lines(walk: Walk, v: Var, eqn: Equation, first: Planes) -> dict[str, 
     slope = jnp.where(took_left, right.lower_slope, left.lower_slope)
     low = jnp.where(took_left, right.lower_offset, left.lower_offset)
     high = jnp.where(took_left, right.upper_offset, left.upper_offset)
+    # A function that is one line on its box, which may end at the kink, has no other.
+    one = (first.lower == first.upper) & (first.below == first.above)
+    slope, low, high = (
+        jnp.where(one, a, b)
+        for a, b in ((first.lower, slope), (first.below, low), (first.above, high))
+    )
     return {
         "lower": jnp.where(convex, slope, first.lower),
         "below": jnp.where(convex, low, first.below),

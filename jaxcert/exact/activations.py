@@ -97,6 +97,14 @@ def _size(walk: Walk, v: Var) -> int:
     return math.prod(walk.net.outer_and_inner(v))
 
 
+def ranges_of(domains: Domains, walk: Walk, v: Var) -> Box:
+    """The next hidden value's box as the sub-domains have it."""
+    start = sum(_size(walk, w) for w in walk.refined)
+    part = slice(start, start + _size(walk, v))
+    ends = domains.lower[:, part], domains.upper[:, part]
+    return Box(*[walk.net.shaped(end.astype(walk.dtype), v) for end in ends])
+
+
 class Pass:
     """Bounds of a batch of sub-domains, as a function of multipliers.
 
@@ -106,21 +114,18 @@ class Pass:
       hidden: the bounded hidden values.
     """
 
-    def __init__(self, model: Traceable, arrays: Any, question: Question, domains: Domains):
+    def __init__(
+        self, model: Traceable, arrays: Any, question: Question, domains: Domains,
+        coefficients: Any = jnp.float32,
+    ):  # fmt: skip
         count = len(domains.bound)
         graph, rows = model.trace(arrays, count)
         self.question, self.domains = question, domains
-        self.walk = Walk(graph, rows, question.region, True, jnp.float32)
-        self.walk.run(self._range, every=True)
+        self.walk = Walk(graph, rows, question.region, True, coefficients)
+        self.walk.run(functools.partial(ranges_of, domains), every=True)
         self.lines: dict[Var, Free] = free_lines(self.walk)
         self.hidden = list(self.walk.refined)
         self._sides = self.by_variable(domains.side, self.hidden)
-
-    def _range(self, walk: Walk, v: Var) -> Box:
-        start = sum(_size(walk, w) for w in walk.refined)
-        part = slice(start, start + _size(walk, v))
-        ends = self.domains.lower[:, part], self.domains.upper[:, part]
-        return Box(*[walk.net.shaped(end.astype(walk.dtype), v) for end in ends])
 
     def by_variable(self, values: Array, variables: Iterable[Var]) -> dict[Var, Array]:
         """Values (k, n) of several variables, each in its own shape."""
@@ -181,11 +186,11 @@ class Pass:
     def _held(self, v: Var, m: Array, rows: Array) -> tuple[Array, Array]:
         """The rows with multipliers for the range of v added, and what the range's ends add.
 
-        In terms of distances from the centre c: m (z - c) - m (u - c). The sum of coefficients errs
+        In terms of distances from the centre c, if there is one: m (z - c) - m (u - c). The sum of coefficients errs
         by half a unit of its size, each time |z - c|; the products by a few units of float64.
         """
         walk = self.walk
-        box, centre = walk.boxes[v], walk.centres[v]
+        box, centre = walk.boxes[v], walk.centres.get(v, jnp.zeros(()))
         total = rows + m
         # Where m is 0 the end decides about the derivative alone: the cut one is what m is for.
         side = self._sides[v]
@@ -195,7 +200,7 @@ class Pass:
         held = -wide * (end - centre)
         n = jnp.size(m) + 16
         unit = rounding.unit(walk.rows_dtype)
-        lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, centre)
+        lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, walk.centres.get(v))
         lost = lost + rounding.gamma(n) * jnp.abs(wide) * (jnp.abs(end) + jnp.abs(centre))
         error = rounding.inflate(jnp.where(m == 0, 0.0, 2 * lost), n)
         return total, walk.net.per_example(held - error, v)
@@ -356,20 +361,21 @@ def expansion(
     bound = jnp.fmax(bound, children.bound)
     children = dataclasses.replace(children, multipliers=multipliers, bound=bound)
 
+    # With nothing left to split, the first half is the whole and the second one is not there.
+    whole = jnp.max(known.gain, 1) <= 0
+    keep = jnp.concatenate([there, there & ~whole]) & ~(bound > 0)
     owners, there = jnp.tile(owner, 2), jnp.tile(there, 2)
     points = _tries(model, arrays, both, slope)
     broken, _ = model.tried(arrays, question, points, owners)
-    hopeless = jnp.tile(jnp.max(known.gain, 1) <= 0, 2)
-    return Expansion(
-        children, owners, there & ~(bound > 0), hopeless, bound, points, owners, broken & there
-    )
+    stuck = jnp.tile(whole, 2)
+    return Expansion(children, owners, keep, stuck, bound, points, owners, broken & there)
 
 
 def _best_split(passes: Any, options: Options, domains: Domains, known: Scores) -> Array:
     """Among the hidden values with the largest scores, the one whose halves have the best bounds
     before any ascent: the worse half counts, then the better one."""
-    _, places = jax.lax.top_k(known.gain, options.candidates)
-    if options.candidates == 1:
+    _, places = jax.lax.top_k(known.gain, min(options.candidates, known.gain.shape[1]))
+    if places.shape[1] == 1:
         return places[:, 0]
 
     def halves_of(place: Array) -> Array:
@@ -390,8 +396,10 @@ def _best_split(passes: Any, options: Options, domains: Domains, known: Scores) 
 
 
 def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
-    """The sub-domains in which one hidden value is below its cut, or above it."""
-    here = jnp.arange(domains.lower.shape[1]) == place[:, None]
+    """The sub-domains in which one hidden value is below its cut, or above it; all of a sub-domain
+    in which it is so anyway."""
+    inside = (domains.lower < cut) & (cut < domains.upper)
+    here = (jnp.arange(domains.lower.shape[1]) == place[:, None]) & inside
     return dataclasses.replace(
         domains,
         lower=jnp.where(here & upper, cut, domains.lower),

@@ -1,27 +1,25 @@
 """Piecewise linear models as mixed-integer programs, solved by SciPy's HiGHS.
 
-The least value of a row over a set, exactly up to the solver's tolerances (Tjeng, Xiao, Tedrake,
-"Evaluating robustness of neural networks with mixed integer programming", ICLR 2019). It is for
-small models, up to some hundreds of hidden values of unsure sign, and shares neither relaxations
-nor branching with the other methods, which makes it a check on them.
+The least value of a row over a set, up to the solver's tolerances (Tjeng, Xiao, Tedrake,
+"Evaluating robustness of neural networks with mixed integer programming", ICLR 2019), for small
+models: up to some hundreds of hidden values of unsure sign. It shares neither relaxations nor
+branching with the other methods, which makes it a check on them.
 
-A value of the model is an affine function of the program's columns: the input's entries, and for
-each kink two more, its result y and a binary d. Affine equations are followed exactly, so that no
-column stands for what they compute. With l <= z <= u and l < 0 < u,
+A value of the model is a linear function of a program's columns: the number 1, the inputs, and for
+each kink two more, its result y and a binary d. Affine equations are followed exactly, so that what
+they compute needs no columns. With l <= z <= u and l < 0 < u,
 
     y = max(z, 0)   iff   y >= 0,  y >= z,  y <= u d,  y <= z - l (1 - d)   for a d in {0, 1},
 
-and every other elementwise function here is a sum of such maxima:
+and the other elementwise functions are sums of such maxima:
 
     leaky(z) = a z + (1 - a) relu(z),     |z| = 2 relu(z) - z,
-    max(z, c) = relu(z - c) + c,          min(z, c) = c - relu(c - z).
+    max(z, c) = relu(z - c) + c,          min(z, c) = -max(-z, -c).
 
-A clause of rows is broken where t = max_i row_i is at most 0. The program minimises t, subject to
-t >= row_i.
+A clause is broken where the largest of its rows, t, is at most 0: t >= row_i for each, minimised.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,18 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.bounds.linear import Hidden, bounder, crown
-from jaxcert.bounds.walk import BoundHidden
+from jaxcert.bounds.planes import is_affine
+from jaxcert.bounds.products import exact_products
+from jaxcert.bounds.walk import BoundHidden, Walk
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.model import Traceable
-from jaxcert.exact.question import Question, question, rows_at
+from jaxcert.exact.question import Question, question
 from jaxcert.floats import ieee_float64
+from jaxcert.graph import Equation, Var, holds_all, read, unsupported
 from jaxcert.model import Model, as_float64, is_traced, output_shape, split, uses_float64
-from jaxcert.sets import Box, InputSet, L2Ball, checked, contains, project
+from jaxcert.sets import Box, InputSet, L1Ball, L2Ball, checked, contains, project
 from jaxcert.specs import Property, Spec
 from jaxcert.tracing import Traced
 
-TOLERANCE = 1e-5
-"""How far from 0 a bound must be to decide anything; HiGHS works to 1e-7."""
+TOLERANCE = 1e-5  # how far above 0 a bound must be; HiGHS works to 1e-7
 
 
 def verify(
@@ -54,149 +54,105 @@ def verify(
     seconds: float = 60.0,
     hidden: Hidden | None = None,
 ) -> Verdict:
-    """Decide whether a property of f holds on the whole set, one program per example and clause.
+    """Decide for each set whether the property holds on all of it, by a program for each clause.
 
-    VERIFIED: the solver's dual bound on every clause is above `TOLERANCE`. This holds up to HiGHS's
-    own tolerance of 1e-7 and is no proof with rounding counted. FALSIFIED: a point of the set, in
-    the input's own type, at which f breaks the property, computed as the caller computes it and in
-    float64. UNKNOWN otherwise.
+    VERIFIED: the solver's dual bound of every clause is above `TOLERANCE`. This holds up to HiGHS's
+    own tolerance of 1e-7 and is no proof with rounding counted. FALSIFIED: the model breaks the
+    property at a point of the set in the input's own type, in the caller's arithmetic and float64.
 
     Args:
-      f: the model, (b, *input) -> (b, k), rows independent, made of affine equations and relu,
-        leaky_relu, abs, max, min, clamp and reductions and pooling by max or min. Casts to float32
-        count as exact.
-      region: a `Box`, `LinfBall` or `L1Ball`.
-      spec: the property, a `Spec` or `AllOf` and `AnyOf` of them.
-      seconds: for the whole call; each program gets an equal share of what is left.
-      hidden: how hidden values are bounded, as for `bounds.alpha_crown`; boxes must come from
-        `hidden_bounds(f, outward=True)`. By default as `crown` does.
+      f: the model, (b, *input) -> (b, k), rows independent, of up to some hundreds of unsure kinks:
+        affine equations, relu, leaky_relu, abs, max, min, clamp, and reductions and pooling by max
+        or min. Casts to float32 count as exact.
+      region: a `Box`, `LinfBall` or `L1Ball` of b sets.
+      spec: a `Spec`, or `AllOf` and `AnyOf` of them, with `>` strict.
+      seconds: for the whole call; each program has an equal share of what is left.
+      hidden: `crown` (the default), `ibp`, or boxes from `hidden_bounds(f, outward=True)`: how
+        hidden values are bounded. The time depends on it, the answer does not.
 
     Returns:
-      A `Verdict`. The reason is TIME where the time did not suffice, else NUMERICS: the least value
-      is within `TOLERANCE` of 0, or the solver failed.
+      A `Verdict`. UNKNOWN for TIME, or for NUMERICS: the least value is within `TOLERANCE` of 0, or
+      the solver failed.
 
     Raises:
-      ValueError, TypeError: an `L2Ball`, traced values, wrong shapes or dtypes.
-      UnsupportedEquation: an equation is not piecewise linear, or casts below float32.
-
-    Host side: not for use in jit.
+      ValueError, TypeError: an `L2Ball`, wrong shapes or dtypes, a call under jit.
+      UnsupportedEquation: an equation is not piecewise linear, or casts to less than float32.
+      MixedRows: an example's output depends on other examples.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxcert import LinfBall, explain, margins
-      >>> weights = jnp.array([[1.0, -1.0], [1.0, 1.0]])
+      >>> from jaxcert import LinfBall, margins
+      >>> weights = jnp.array([[1.0, -1.0], [0.0, 1.0]])
       >>> x = jnp.array([[1.0, 0.0], [0.5, 0.5]])
-      >>> verdict = verify(
-      ...     lambda x: jnp.maximum(x @ weights, 0), LinfBall(x, 0.6), margins(jnp.array([0, 0]), 2)
-      ... )
-      >>> print(explain(verdict), verdict.counterexample[1, 0] <= 0)
-      ['VERIFIED: decided', 'FALSIFIED: decided'] True
+      >>> f = lambda x: jnp.maximum(x @ weights, 0)
+      >>> verdict = verify(f, LinfBall(x, 0.25), margins(jnp.array([0, 0]), 2))
+      >>> print(verdict.status, verdict.counterexample[1])
+      [1 2] [0.25 0.75]
     """
-    clock = _Clock(seconds)
-    task = _Task.of(f, region, spec, hidden)
-    status, reason, points = zip(*[_decided(task, i, clock) for i in range(task.n)], strict=True)
-    example = None
-    if Status.FALSIFIED in status:
-        blank = np.zeros(task.model.shape)
-        with jax.enable_x64(True):
-            example = jnp.asarray(np.stack([blank if p is None else p for p in points]))
-            example = example.astype(task.model.dtype)
-    return Verdict(jnp.array(status, jnp.int32), jnp.array(reason, jnp.int32), example)
+    task = _Task.of(f, region, spec, seconds, hidden)
+    answers = [_decided(task, i) for i in range(task.n)]
+    status, reason = (jnp.array([a[j] for a in answers], jnp.int32) for j in (0, 1))
+    return Verdict(status, reason, jnp.asarray(np.stack([a[2] for a in answers])))
 
 
-def _decided(task: "_Task", i: int, clock: "_Clock") -> tuple[Status, Reason, np.ndarray | None]:
-    """The answer for example i, with a counterexample if there is one."""
-    if clock.share(1) <= 0:
-        return Status.UNKNOWN, Reason.TIME, None
+def _decided(task: "_Task", i: int) -> tuple[Status, Reason, np.ndarray]:
+    """The answer for set i, with a counterexample if there is one."""
+    blank, reasons = np.zeros(task.model.shape, task.model.dtype), set()
+    if task.seconds() <= 0:
+        return Status.UNKNOWN, Reason.TIME, blank
     program, outputs = task.encoded(i)
-    matrix, offset, clauses = (
-        a[i] for a in (task.asked.matrix, task.asked.offset, task.asked.clauses)
-    )
-    reasons = set()
+    clauses = task.asked.clauses[i]
     for j, clause in enumerate(clauses):
-        share = clock.share((task.n - i) * len(clauses) - j)
-        found = program.least(outputs.mapped(matrix[clause], offset[clause]), share)
-        if found.x is not None:
-            point = task.rounded(i, task.inside(i, found.x))
-            if task.breaks(i, point):
+        rows = outputs.mapped(task.asked.matrix[i, clause], task.asked.offset[i, clause])
+        share = task.seconds((task.n - i) * len(clauses) - j)
+        bound, x, out_of_time = program.least(rows, share)
+        if x is not None:
+            point, shortfall = task.tried(i, x, clauses)
+            if shortfall <= 0:
                 return Status.FALSIFIED, Reason.NONE, point
-        if not found.lower > TOLERANCE:
-            reasons.add(Reason.TIME if found.out_of_time else Reason.NUMERICS)
+        if not bound > TOLERANCE:
+            reasons.add(Reason.TIME if out_of_time else Reason.NUMERICS)
     if not reasons:
-        return Status.VERIFIED, Reason.NONE, None
-    return Status.UNKNOWN, Reason.TIME if Reason.TIME in reasons else Reason.NUMERICS, None
-
-
-@dataclasses.dataclass(frozen=True)
-class Minimum:
-    """Where the least value of each row lies, in numpy's float64.
-
-    Attributes:
-      lower: the solver's dual bound, (b, s); -inf where it has none.
-      upper: the row at `point`, (b, s), by the model in float64; inf where no point was found.
-      point: the best inputs found, (b, s, *input), NaN where there is none.
-    """
-
-    lower: np.ndarray
-    upper: np.ndarray
-    point: np.ndarray
+        return Status.VERIFIED, Reason.NONE, blank
+    return Status.UNKNOWN, Reason.TIME if Reason.TIME in reasons else Reason.NUMERICS, blank
 
 
 def minimum(
-    f: Model,
-    region: InputSet,
-    spec: Spec,
-    *,
-    seconds: float = 60.0,
-    hidden: Hidden | None = None,
-) -> Minimum:
+    f: Model, region: InputSet, spec: Spec, *, seconds: float = 60.0, hidden: Hidden | None = None
+) -> Box:
     """Find the least value of each row of C f(x) + d over the set, between two bounds.
 
-    The lower one holds up to HiGHS's tolerance of 1e-7, so it is no proof with rounding counted;
-    the upper one is attained, up to the rounding of float64. They meet unless time runs out.
+    The lower one holds up to HiGHS's tolerance of 1e-7, so it is no proof with rounding counted.
+    The upper one is attained at a point of the set in the input's own type, in the caller's
+    arithmetic or in float64, whichever is larger. They meet up to rounding unless time runs out.
 
-    Arguments and errors as for `verify`, but for the spec, which is a plain `Spec`.
+    Arguments and errors as for `verify`, but the spec must be a plain `Spec`. The result is a `Box`
+    of numpy's float64, (b, s); an end that was not found is infinite.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxcert import LinfBall, Spec
       >>> f = lambda x: jnp.abs(x) - 0.5 * x
-      >>> found = minimum(f, LinfBall(jnp.full((1, 1), 0.25), 1.0), Spec(jnp.eye(1), 2.0))
-      >>> print(found.lower, found.upper, found.point)
-      [[2.]] [[2.]] [[[0.]]]
+      >>> box = minimum(f, LinfBall(jnp.full((1, 1), 0.25), 1.0), Spec(jnp.eye(1), 2.0))
+      >>> print(box.lower, box.upper)
+      [[2.]] [[2.]]
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"minimum needs the rows of one Spec, got {type(spec).__name__}")
-    clock = _Clock(seconds)
-    task = _Task.of(f, region, spec, hidden)
-    count = task.asked.matrix.shape[1]
-    lower, upper = np.full((task.n, count), -np.inf), np.full((task.n, count), np.inf)
-    point = np.full((task.n, count, *task.model.shape), np.nan)
-    for i in range(task.n):
-        if clock.share(1) <= 0:
+    task = _Task.of(f, region, spec, seconds, hidden)
+    shape = task.asked.offset.shape
+    lower, upper = np.full(shape, -np.inf), np.full(shape, np.inf)
+    for i, j in np.ndindex(shape):
+        if task.seconds() <= 0:
             break
-        program, outputs = task.encoded(i)
-        rows = outputs.mapped(task.asked.matrix[i], task.asked.offset[i])
-        for j in range(count):
-            found = program.least(rows[j : j + 1], clock.share((task.n - i) * count - j))
-            lower[i, j] = found.lower
-            if found.x is not None:
-                point[i, j] = task.inside(i, found.x)
-                upper[i, j] = task.rows(i, point[i, j])[j]
-    return Minimum(lower, upper, point)
-
-
-class _Clock:
-    """What is left of a time limit."""
-
-    def __init__(self, seconds: float):
-        if not seconds >= 0:
-            raise ValueError(f"seconds must be at least 0, got {seconds}")
-        self._end = time.monotonic() + seconds
-
-    def share(self, parts: int) -> float:
-        """An equal share of the seconds left, 0 if there are none."""
-        return max(0.0, self._end - time.monotonic()) / parts
+        if j == 0:
+            program, outputs = task.encoded(i)
+        rows = outputs.mapped(task.asked.matrix[i, [j]], task.asked.offset[i, [j]])
+        share = task.seconds((task.n - i) * shape[1] - j)
+        lower[i, j], x, _ = program.least(rows, share)
+        if x is not None:
+            upper[i, j] = task.tried(i, x, np.arange(shape[1])[None] == j)[1]
+    return Box(lower, upper)
 
 
 # --- A question about a model ---------------------------------------------------------------------
@@ -204,441 +160,340 @@ class _Clock:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A question about a model on n sets, in float64.
-
-    Attributes:
-      model, arrays: the model.
-      traced: its graph at a batch of one.
-      asked: the question.
-      hidden: how hidden values are bounded.
-    """
+    """A question about a model on n sets, in float64, and the model's graph at a batch of one."""
 
     model: Traceable
     arrays: Any
     traced: Traced
     asked: Question
+    n: int
     hidden: Hidden | None
+    end: float  # of the time, by the clock
 
     @classmethod
-    def of(cls, f: Model, region: InputSet, prop: Property, hidden: Hidden | None) -> "_Task":
+    def of(cls, f: Model, region: Any, prop: Property, seconds: float, hidden: Any) -> "_Task":
         """The task, with everything checked that can be."""
+        end, mode = time.monotonic() + seconds, uses_float64()
+        if not seconds >= 0:
+            raise ValueError(f"seconds must be at least 0, got {seconds}")
         arrays, structure = split(f)
         if is_traced(arrays, region, prop):
             raise TypeError("mixed-integer programs are solved on the host: call this outside jit")
-        region = checked(region)
         if isinstance(region, L2Ball):
             raise ValueError(
                 "an L2Ball is no linear constraint: pass a Box, LinfBall or L1Ball, such as "
-                "jaxcert.sets.bounding_box(ball), or use bounds.crown, which takes L2 balls"
+                "jaxcert.sets.bounding_box(ball), or use a method that takes L2 balls, as crown"
             )
+        with jax.enable_x64(True):
+            arrays, region = ieee_float64((arrays, _one_by_one(checked(region))))
         x = region.lower if isinstance(region, Box) else region.x
-        k = output_shape(structure, arrays, x).shape[1]
         dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        model = Traceable(structure, tuple(x.shape[1:]), dtype, uses_float64(), ())
+        k = output_shape(structure, arrays, jax.ShapeDtypeStruct(x.shape, dtype)).shape[1]
+        model = Traceable(structure, x.shape[1:], dtype, mode, ())
         with jax.enable_x64(True):
-            arrays, region = ieee_float64((arrays, region))
             asked = question(as_float64(region), prop, len(x), k)
-            return cls(model, arrays, model.trace(arrays, 1), asked, hidden)
+            return cls(model, arrays, model.trace(arrays, 1), asked, len(x), hidden, end)
 
-    @property
-    def n(self) -> int:
-        """How many sets there are."""
-        return len(self.asked.matrix)
+    def seconds(self, parts: int = 1) -> float:
+        """An equal share of the time left, 0 if there is none."""
+        return max(0.0, self.end - time.monotonic()) / parts
 
-    def set(self, i: int) -> InputSet:
-        """Set i as a batch of one."""
-        return _part(self.asked.region, i)
-
-    def encoded(self, i: int) -> "tuple[Program, Affine]":
+    def encoded(self, i: int) -> "tuple[Program, Linear]":
         """The model on set i."""
-        if isinstance(self.hidden, tuple | list):
-            bound = bounder([jax.tree.map(lambda end: end[i : i + 1], b) for b in self.hidden])
-        else:
-            # All rows at once: a loop over chunks of them would be compiled anew for each example.
-            bound = bounder(crown if self.hidden is None else self.hidden, chunk=1 << 20)
+        hidden = crown if self.hidden is None else self.hidden
+        if isinstance(hidden, tuple | list):
+            hidden = [jax.tree.map(lambda end: end[i : i + 1], box) for box in hidden]
+        # All rows at once: a loop over chunks of them would be compiled anew for each example.
+        bound = bounder(hidden, chunk=1 << 20)
+        with jax.enable_x64(True), np.errstate(invalid="ignore"):
+            region = jax.tree.map(lambda a: a[i : i + 1], self.asked.region)
+            return encoded(self.traced, region, bound)
+
+    def tried(self, i: int, x: np.ndarray, clauses: np.ndarray) -> tuple[np.ndarray, float]:
+        """A point of set i in the input's type, near x, and how far the model is from breaking one
+        of the clauses (c, s) there: in its own arithmetic or in float64, whichever is more."""
+        dtype = self.model.dtype
         with jax.enable_x64(True):
-            return encoded(self.traced, self.set(i), bound)
-
-    def inside(self, i: int, x: np.ndarray) -> np.ndarray:
-        """The point of set i nearest to x."""
-        with jax.enable_x64(True):
-            return np.asarray(project(self.set(i), jnp.asarray(x).reshape(1, *self.model.shape))[0])
-
-    def rounded(self, i: int, point: np.ndarray) -> np.ndarray:
-        """A point of set i in the input's type, rounded towards the centre, where the set goes on."""
-        with jax.enable_x64(True):
-            region = self.set(i)
-            ball = not isinstance(region, Box)
-            centre = np.asarray(region.x if ball else region.lower / 2 + region.upper / 2)[0]
-        near = point.astype(self.model.dtype)
-        beyond = np.abs(near.astype(np.float64) - centre) > np.abs(point - centre)
-        back = np.nextafter(near, centre.astype(self.model.dtype))
-        return np.where(beyond, back, near).astype(np.float64)
-
-    def breaks(self, i: int, point: np.ndarray) -> bool:
-        """Whether a point lies in set i and the model breaks the property there, replayed in the
-        caller's arithmetic and in float64."""
-        with jax.enable_x64(True):
-            x = jnp.asarray(point)[None]
-            broken, _ = self.model.tried(self.arrays, self.asked, x, np.array([i]))
-            return bool(broken[0] & contains(self.set(i), x)[0])
-
-    def rows(self, i: int, point: np.ndarray) -> np.ndarray:
-        """The rows (s,) of question i at a point, in float64."""
-        with jax.enable_x64(True):
-            outputs = self.model.structure.build(as_float64(self.arrays))(jnp.asarray(point)[None])
-            return np.asarray(rows_at(self.asked, outputs.astype(jnp.float64), np.array([i]))[0])
+            asked = jax.tree.map(lambda a: a[i : i + 1], self.asked)
+            asked, region = dataclasses.replace(asked, clauses=clauses[None]), asked.region
+            inside = np.asarray(project(region, jnp.asarray(x).reshape(1, *self.model.shape)))
+            box = isinstance(region, Box)
+            centre = np.asarray(region.lower / 2 + region.upper / 2 if box else region.x)
+            near = inside.astype(dtype)  # rounded towards the centre of a convex set, to stay in it
+            beyond = np.abs(near.astype(np.float64) - centre) > np.abs(inside - centre)
+            near = np.where(beyond, np.nextafter(near, centre.astype(dtype)), near)
+            point = jnp.asarray(near.astype(np.float64))
+            _, shortfall = self.model.tried(self.arrays, asked, point, jnp.array([0]))
+            return near[0], float(shortfall[0]) if contains(region, point)[0] else np.inf
 
 
-def _part(region: InputSet, i: int) -> Any:
+def _one_by_one(region: InputSet) -> InputSet:
+    """The sets with every array spread over the batch."""
     if isinstance(region, Box):
-        return Box(region.lower[i : i + 1], region.upper[i : i + 1])
-    valid = region.valid
+        return jax.tree.map(jnp.asarray, region)
+    x, valid = jnp.asarray(region.x), region.valid
     if valid is not None:
-        valid = _part(
-            Box(*[jnp.broadcast_to(v, region.x.shape) for v in (valid.lower, valid.upper)]), i
-        )
-    eps = jnp.broadcast_to(region.eps, region.x.shape[:1])
-    return type(region)(region.x[i : i + 1], eps[i : i + 1], valid)
+        valid = jax.tree.map(lambda end: jnp.broadcast_to(end, x.shape), valid)
+    return type(region)(x, jnp.broadcast_to(region.eps, x.shape[:1]), valid)
 
 
-# --- Values of the model, and the program around them ---------------------------------------------
+# --- The program ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Affine:
-    """Values sum_j columns[j] p_j + offset in [lower, upper], with p the columns of a program.
+class Linear:
+    """Values sum_j parts[j] p_j of the first m columns p of a program, with p_0 = 1; parts are
+    (m, *shape)."""
 
-    Attributes:
-      columns: coefficients of the first m columns, (m, *shape); those of later ones are 0.
-      offset, lower, upper: of the values' shape; an unknown end is NaN.
-    """
-
-    columns: np.ndarray
-    offset: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
+    parts: np.ndarray
 
     def wide(self, count: int) -> np.ndarray:
-        """The coefficients of `count` columns, a copy."""
-        return np.pad(self.columns, [(0, count - len(self.columns)), *[(0, 0)] * self.offset.ndim])
+        """The parts of `count` columns, a copy."""
+        more = count - len(self.parts)
+        return np.pad(self.parts, [(0, more), *[(0, 0)] * (self.parts.ndim - 1)])
 
-    def within(self, box: Any) -> "Affine":
-        """The same values, known to lie in a box, whose ends rounding may have swapped."""
-        ends = np.asarray(box.lower), np.asarray(box.upper)
-        return dataclasses.replace(self, lower=np.minimum(*ends), upper=np.maximum(*ends))
+    def mapped(self, matrix: np.ndarray, offset: np.ndarray) -> "Linear":
+        """C z + d of these values z as one vector."""
+        return Linear(self.parts.reshape(len(self.parts), -1) @ matrix.T) + offset
 
-    def mapped(self, matrix: np.ndarray, offset: np.ndarray) -> "Affine":
-        """C z + d of these values as a vector, (r,), with ends unknown."""
-        columns = self.columns.reshape(len(self.columns), -1) @ matrix.T
-        unknown = np.full(len(offset), np.nan)
-        return Affine(columns, matrix @ self.offset.ravel() + offset, unknown, unknown)
+    def __getitem__(self, place: Any) -> "Linear":
+        return Linear(self.parts[(slice(None), *np.index_exp[place])])
 
-    def __getitem__(self, place: Any) -> "Affine":
-        parts = (a[place] for a in (self.offset, self.lower, self.upper))
-        return Affine(self.columns[:, place], *parts)
+    def __add__(self, other: Any) -> "Linear":
+        if isinstance(other, Linear):
+            count = max(len(self.parts), len(other.parts))
+            return Linear(self.wide(count) + other.wide(count))
+        parts = self.parts.copy()
+        parts[0] += other
+        return Linear(parts)
 
-    def __add__(self, other: Any) -> "Affine":
-        if not isinstance(other, Affine):
-            parts = (a + np.asarray(other) for a in (self.offset, self.lower, self.upper))
-            return Affine(self.columns, *parts)
-        count = max(len(self.columns), len(other.columns))
-        ends = self.lower + other.lower, self.upper + other.upper
-        return Affine(self.wide(count) + other.wide(count), self.offset + other.offset, *ends)
+    def __mul__(self, factor: Any) -> "Linear":
+        return Linear(self.parts * factor)
 
-    def __mul__(self, factor: Any) -> "Affine":
-        a = np.asarray(factor)
-        ends = a * self.lower, a * self.upper
-        return Affine(a * self.columns, a * self.offset, np.minimum(*ends), np.maximum(*ends))
+    def __neg__(self) -> "Linear":
+        return Linear(-self.parts)
 
-    def __neg__(self) -> "Affine":
-        return self * -1.0
-
-    def __sub__(self, other: Any) -> "Affine":
+    def __sub__(self, other: Any) -> "Linear":
         return self + -other
 
 
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """What the solver says of a program.
-
-    Attributes:
-      lower: its dual bound, -inf if it has none.
-      x: the input's entries at the best point, flat, or None.
-      out_of_time: whether the time limit ended it.
-    """
-
-    lower: float
-    x: np.ndarray | None
-    out_of_time: bool
-
-
 class Program:
-    """Columns between ends, and linear inequalities, that describe a model on a set.
+    """Columns between ends and inequalities that describe a model on a set; `input` is the input.
 
-    Attributes:
-      input: the model's input.
-      count: how many columns there are.
+    The first column is the number 1, and an integer: SciPy gives no dual bound of a program without
+    integers. Ends that are not known (NaN) make numbers of the program NaN, and then nothing is
+    solved. Ends that rounding has swapped are on one side of a kink.
     """
 
     def __init__(self, box: Box):
-        self._lower, self._upper, self._whole = [], [], []
-        self._matrices, self._least, self._most = [], [], []
-        self.count = 0
+        self._columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._rows: list[Any] = []
+        self._count = 0
+        self.columns(np.ones(1), np.ones(1), whole=True)
         lower, upper = np.asarray(box.lower), np.asarray(box.upper)
-        self.columns(lower.ravel(), upper.ravel())
-        unit = np.eye(lower.size).reshape(-1, *lower.shape)
-        self.input = Affine(unit, np.zeros(lower.shape), lower, upper)
+        flat = self.columns(lower.ravel(), upper.ravel())
+        self.input = Linear(flat.parts.reshape(-1, *lower.shape))
 
-    def columns(self, lower: np.ndarray, upper: np.ndarray, binary: bool = False) -> np.ndarray:
-        """The places (n,) of new columns with these ends."""
-        start, self.count = self.count, self.count + len(lower)
-        self._lower.append(lower)
-        self._upper.append(upper)
-        self._whole.append(np.full(len(lower), binary))
-        return np.arange(start, self.count)
+    def columns(self, lower: np.ndarray, upper: np.ndarray, whole: bool = False) -> Linear:
+        """New columns with these ends, (n,)."""
+        n = len(lower)
+        self._columns.append((lower, upper, np.full(n, whole)))
+        self._count += n
+        return Linear(np.eye(self._count, n, n - self._count))
 
-    def binaries(self, n: int) -> np.ndarray:
-        """The places (n,) of new columns that are 0 or 1."""
-        return self.columns(np.zeros(n), np.ones(n), binary=True)
+    def binaries(self, n: int) -> Linear:
+        """New columns that are 0 or 1, (n,)."""
+        return self.columns(np.zeros(n), np.ones(n), whole=True)
 
-    def rows(self, *terms: Any, least: np.ndarray, most: float = np.inf) -> None:
-        """The inequalities least <= sum of the terms <= most.
+    def _all_columns(self) -> list[np.ndarray]:
+        return [np.concatenate(parts) for parts in zip(*self._columns, strict=True)]
 
-        Args:
-          *terms: matrices (r, m) over the first m columns, and pairs (places, factor) of one column
-            for each row.
-          least, most: (r,) and a number.
-        """
+    def require(self, values: Linear) -> None:
+        """Add the inequalities values >= 0, (r,)."""
         from scipy.sparse import csr_array
 
-        matrix = np.zeros((len(least), self.count))
-        for term in terms:
-            if isinstance(term, tuple):
-                matrix[np.arange(len(least)), term[0]] += term[1]
-            else:
-                matrix[:, : term.shape[1]] += term
-        self._matrices.append(csr_array(matrix))
-        self._least.append(least)
-        self._most.append(np.full(len(least), most))
+        self._rows.append(csr_array(values.parts.T))
+
+    def ends(self, z: Linear) -> tuple[np.ndarray, np.ndarray]:
+        """The range of values over the ends of their columns."""
+        lower, upper, _ = (a[: len(z.parts)] for a in self._all_columns())
+        rising, falling = np.maximum(z.parts, 0), np.minimum(z.parts, 0)
+        least = np.tensordot(lower, rising, 1) + np.tensordot(upper, falling, 1)
+        return least, np.tensordot(upper, rising, 1) + np.tensordot(lower, falling, 1)
 
     def keep_near(self, centre: np.ndarray, eps: float) -> None:
-        """The input is within eps of a centre in L1: sum_i e_i <= eps for some e >= |x - centre|."""
-        c, unit = centre.ravel(), np.eye(centre.size)
-        e = self.columns(np.zeros(c.size), np.full(c.size, eps))
-        self.rows(-unit, (e, 1.0), least=-c)
-        self.rows(unit, (e, 1.0), least=c)
-        total = np.zeros((1, self.count))
-        total[:, e] = 1.0
-        self.rows(total, least=np.zeros(1), most=eps)
+        """The input is within eps of a centre in L1: sum_i e_i <= eps for an e >= |x - centre|."""
+        x = Linear(self.input.parts.reshape(len(self.input.parts), -1)) - centre.ravel()
+        e = self.columns(np.zeros(centre.size), np.full(centre.size, eps))
+        self.require(e - x)
+        self.require(e + x)
+        self.require(-e.mapped(np.ones((1, centre.size)), np.array([-eps])))
 
-    def relu(self, z: Affine) -> Affine:
-        """max(z, 0). Where an end of z is not known, the result is only bounded from below."""
-        active = z.lower >= 0
-        unsure = ~active & ~(z.upper <= 0)
-        some = z[unsure]
-        known = np.isfinite(some.lower) & np.isfinite(some.upper)
-        y = self.columns(np.zeros(known.size), np.where(known, some.upper, np.inf))
-        d = self.binaries(known.size)
-        self.rows(-some.columns.T, (y, 1.0), least=some.offset)
-        some, below, on = some[known], y[known], d[known]
-        self.rows((on, some.upper), (below, -1.0), least=np.zeros(len(below)))
-        least = some.lower - some.offset
-        self.rows(some.columns.T, (below, -1.0), (on, some.lower), least=least)
-        found = Affine(
-            np.where(active, z.columns, 0), np.where(active, z.offset, 0), z.lower, z.upper
-        )
-        columns = found.wide(self.count)
-        columns[y, *np.nonzero(unsure)] = 1.0
-        ends = (np.where(end <= 0, 0.0, end) for end in (z.lower, z.upper))
-        return Affine(columns, found.offset, *ends)
+    def relu(self, z: Linear, lower: np.ndarray, upper: np.ndarray) -> Linear:
+        """max(z, 0) for z between two ends."""
+        active = lower >= 0
+        unsure = ~active & ~(upper <= 0)
+        x, l, u = z[unsure], lower[unsure], upper[unsure]
+        y, d = self.columns(np.zeros(len(u)), u), self.binaries(len(u))
+        self.require(y - x)
+        self.require(d * u - y)
+        self.require(x - l + d * l - y)
+        return self._replaced(z * active, unsure, y)
 
     # max_j z_j of a group: entries with u_j <= max_i l_i never exceed the one with that lower end.
     # If one entry is left, it is the maximum. Otherwise, with U_j the largest u_i of the others,
-    #     y >= z_j,   y <= z_j + (U_j - l_j) (1 - d_j),   sum_j d_j = 1   for some d_j in {0, 1}.
+    #     y >= z_j,   y <= z_j + (U_j - l_j) (1 - d_j),   sum_j d_j >= 1   for some d_j in {0, 1}.
 
-    def largest(self, z: Affine) -> Affine:
-        """The maxima (g,) of the rows of z, (g, n); as for `relu` where an end is not known."""
-        l, u = (
-            np.where(np.isnan(z.lower), -np.inf, z.lower),
-            np.where(np.isnan(z.upper), np.inf, z.upper),
-        )
-        group, first = np.arange(len(l)), np.argmax(l, 1)
-        rivals = u > np.max(l, 1, keepdims=True)
-        rivals[group, first] = True
+    def largest(self, z: Linear, lower: np.ndarray, upper: np.ndarray) -> Linear:
+        """The maxima (g,) of the rows of z, (g, n), between two ends."""
+        groups, first, least = np.arange(len(lower)), np.argmax(lower, 1), np.max(lower, 1)
+        rivals = ~(upper <= least[:, None])
+        rivals[groups, first] = True
         several = np.sum(rivals, 1) > 1
-        top = np.where(rivals, u, -np.inf)
-        y = np.zeros(len(l), int)
-        y[several] = self.columns(np.max(l, 1)[several], np.max(top, 1)[several])
-        g, j = np.nonzero(rivals & several[:, None])
-        d, some = self.binaries(len(g)), z[g, j]
-        self.rows(-some.columns.T, (y[g], 1.0), least=some.offset)
-        others = top[g]
-        others[np.arange(len(g)), j] = -np.inf
-        gap = np.max(others, 1) - l[g, j]
-        known = np.isfinite(gap)
-        some, below, on, gap = some[known], y[g][known], d[known], gap[known]
-        self.rows(some.columns.T, (below, -1.0), (on, -gap), least=-gap - some.offset)
-        one = np.zeros((len(l), self.count))
-        one[g, d] = 1.0
-        self.rows(one[several], least=np.ones(np.sum(several)), most=1.0)
-        single = z[group, first]
-        columns = np.where(several, 0.0, single.wide(self.count))
-        columns[y[several], several] = 1.0
-        offset = np.where(several, 0.0, single.offset)
-        return Affine(columns, offset, np.max(z.lower, 1), np.max(z.upper, 1))
+        top = np.where(rivals, upper, -np.inf)
+        y = self.columns(least[several], np.max(top, 1)[several])
+        group, entry = np.nonzero(rivals & several[:, None])
+        owner = (np.cumsum(several) - 1)[group]
+        others = top[group]
+        others[np.arange(len(group)), entry] = -np.inf
+        gap = np.max(others, 1) - lower[group, entry]
+        x, d, mine = z[group, entry], self.binaries(len(group)), y[owner]
+        self.require(mine - x)
+        self.require(x + gap - d * gap - mine)
+        self.require(d.mapped(np.equal.outer(np.arange(len(y.parts[0])), owner), np.array(-1.0)))
+        return self._replaced(z[groups, first], several, y)
 
-    def least(self, rows: Affine, seconds: float) -> Solution:
-        """Minimise the largest of some values, (r,), within a time limit."""
+    def _replaced(self, values: Linear, where: np.ndarray, new: Linear) -> Linear:
+        """The values with others in some places."""
+        parts = values.wide(self._count)
+        parts[:, where] = new.wide(self._count)
+        return Linear(parts)
+
+    def least(self, rows: Linear, seconds: float) -> tuple[float, Any, bool]:
+        """Minimise the largest of some values (r,): the solver's dual bound or -inf, the flat input
+        at the best point or None, and whether the time ran out."""
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array, vstack
 
         if seconds <= 0:
-            return Solution(-np.inf, None, True)
-        # Two columns more: t, and an idle binary, because SciPy gives no dual bound of a program
-        # without integers.
-        count = self.count + 2
-        goal = np.concatenate([-rows.wide(self.count).T, np.ones((len(rows.offset), 1))], 1)
-        matrices = [*self._matrices, csr_array(goal)]
-        for matrix in matrices:
-            matrix.resize(matrix.shape[0], count)
-        least = np.concatenate([*self._least, rows.offset])
-        most = np.concatenate([*self._most, np.full(len(rows.offset), np.inf)])
-        matrix = vstack(matrices)
-        if not (np.isfinite(matrix.data).all() and np.isfinite(least).all()):
-            return Solution(-np.inf, None, False)
+            return -np.inf, None, True
+        goal = np.vstack([-rows.wide(self._count), np.ones(rows.parts.shape[1])])
+        blocks = [*self._rows, csr_array(goal.T)]
+        for some in blocks:
+            some.resize(some.shape[0], len(goal))
+        matrix: Any = vstack(blocks)
+        lower, upper, whole = self._all_columns()
+        if not all(np.isfinite(a).all() for a in (matrix.data, lower, upper)):
+            return -np.inf, None, False
         found = milp(
-            np.eye(count)[-2],
-            integrality=np.concatenate([*self._whole, [False, True]]),
-            bounds=Bounds(
-                np.concatenate([*self._lower, [-np.inf, 0]]),
-                np.concatenate([*self._upper, [np.inf, 1]]),
-            ),
-            constraints=LinearConstraint(matrix, least, most),
+            np.eye(len(goal))[-1],  # t comes last
+            integrality=np.append(whole, False),
+            bounds=Bounds(np.append(lower, -np.inf), np.append(upper, np.inf)),  # type: ignore
+            constraints=LinearConstraint(matrix, 0, np.inf),
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
-        # An infeasible or failed program has bounds, too, which mean nothing.
-        bound = found.mip_dual_bound if found.status in (0, 1) else None
-        lower = float(bound) if bound is not None and np.isfinite(bound) else -np.inf
-        x = None if found.x is None else found.x[: len(self._lower[0])]
-        return Solution(lower, x, found.status == 1)
+        bound = found.mip_dual_bound if found.status in (0, 1) else None  # not if it failed
+        bound = -np.inf if bound is None or not np.isfinite(bound) else float(bound)
+        x = None if found.x is None else found.x[1 : 1 + len(self._columns[1][0])]
+        return bound, x, found.status == 1
 
 
 # --- Equations ------------------------------------------------------------------------------------
 
 
-def encoded(
-    traced: Traced, region: InputSet, bound_hidden: BoundHidden | None
-) -> tuple[Program, Affine]:
+def encoded(traced: Traced, region: Any, bound: BoundHidden | None) -> tuple[Program, Linear]:
     """The program of a model on one set, and the model's outputs. Only inside `enable_x64`."""
     walk = Walk(*traced, region, True)
-    graph = walk.expanded.graph
-    for eqn in graph.equations:
-        _require_piecewise_linear(eqn)
-    walk.run(bound_hidden)
+    if bound is not None:
+        walk.run(bound)
     program = Program(walk.boxes[walk.net.input])
     if isinstance(region, L1Ball):
         program.keep_near(np.asarray(region.x), float(region.eps[0]))
     known: dict[Var, Any] = {walk.net.input: program.input}
-    for eqn in graph.equations:
-        values = [_value(known, atom) for atom in eqn.inputs]
-        if eqn.name in _KINKS and eqn.bounded:
-            results = [_KINKS[eqn.name](program, eqn, *values)]
-        else:
-            results = _affine(eqn, values)
-        for out, result in zip(eqn.outputs, results, strict=True):
-            known[out] = result.within(walk.boxes[out]) if out.bounded else result
-    outputs = _value(known, graph.outputs[0])
-    if not isinstance(outputs, Affine):
-        outputs = np.asarray(outputs)
-        outputs = Affine(np.zeros((0, *outputs.shape)), outputs, outputs, outputs)
-    return program, outputs
+
+    def value(atom: Any) -> Any:
+        found = read(known, atom)
+        return found if isinstance(found, Linear) else as_float64(jnp.asarray(found))
+
+    for eqn in walk.net.graph.equations:
+        values = [value(atom) for atom in eqn.inputs]
+        rule = _kink if eqn.bounded and eqn.name in _KINKS else _affine
+        known.update(zip(eqn.outputs, rule(program, walk, eqn, values), strict=True))
+    outputs = value(walk.net.graph.outputs[0])
+    return program, outputs if isinstance(outputs, Linear) else Linear(np.asarray(outputs)[None])
 
 
-def _value(known: dict[Var, Any], atom: Any) -> Any:
-    value = read(known, atom)
-    return value if isinstance(value, Affine) else as_float64(jnp.asarray(value))
-
-
-_CASTS = frozenset("convert_element_type stop_gradient copy".split())
-
-
-def _require_piecewise_linear(eqn: Equation) -> None:
-    if not eqn.bounded or eqn.name in _KINKS:
-        return
-    known = is_affine(eqn) and eqn.name != "reduce_precision"
-    if eqn.name == "convert_element_type":
-        known = known and holds_all(eqn.outputs[0].dtype, jnp.float32)
-    if not known:
-        raise unsupported(
-            eqn,
-            "the mixed-integer encoding",
-            "it takes affine equations, relu, leaky_relu, abs, max, min, clamp and pooling by max, "
-            "in float32 or wider; use bounds.crown, which takes more",
-        )
-
-
-def _affine(eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """An affine equation: its value at the offsets, its derivative along each column."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Affine)]
+def _affine(program: Program, walk: Walk, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """An affine equation: the value at the constant parts, the derivative along all others."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Linear)]
     if not places:
         return eqn.bind(*values)
-    given: list[Affine] = [values[i] for i in places]
-    if eqn.name in _CASTS:
-        return given
+    narrow = eqn.name.startswith("convert") and not holds_all(eqn.outputs[0].dtype, jnp.float32)
+    if narrow or not is_affine(eqn) or eqn.name == "reduce_precision":
+        hint = "use bounds.crown, or functions that are piecewise linear, in float32 or float64"
+        raise unsupported(eqn, "the mixed-integer encoding", hint)
+    if eqn.name in ("convert_element_type", "stop_gradient", "copy"):
+        return list(values)
     options = exact_products(True) if eqn.name in ("dot_general", "conv_general_dilated") else {}
 
     def f(*xs: Any) -> list[Any]:
-        operands = list(values)
-        for i, x in zip(places, xs, strict=True):
-            operands[i] = x
-        return eqn.bind(*operands, **options)
+        given = dict(zip(places, xs, strict=True))
+        return eqn.bind(*[given.get(i, value) for i, value in enumerate(values)], **options)
 
-    offsets, slope = jax.linearize(f, *[jnp.asarray(z.offset) for z in given])
-    # Of few different numbers of columns, each of which would compile anew.
-    count = max(len(z.columns) for z in given)
-    columns = jax.vmap(slope)(*[jnp.asarray(z.wide(-(-count // 64) * 64)) for z in given])
-    unknown = (np.full(offset.shape, np.nan) for offset in offsets)
+    # In multiples of 64 parts, as each number of them is compiled anew.
+    count = max(len(values[i].parts) for i in places)
+    parts = [jnp.asarray(values[i].wide(-(-count // 64) * 64)) for i in places]
+    offsets, slope = jax.linearize(f, *[part[0] for part in parts])
+    slopes = jax.vmap(slope)(*parts)
     return [
-        Affine(np.asarray(c)[:count], np.asarray(o), nan, nan)
-        for c, o, nan in zip(columns, offsets, unknown, strict=True)
+        Linear(np.concatenate([np.asarray(offset)[None], np.asarray(s)[1:count]]))
+        for offset, s in zip(offsets, slopes, strict=True)
     ]
 
 
-def _max(program: Program, eqn: Equation, *operands: Any) -> Affine:
-    z, c = operands if isinstance(operands[0], Affine) else operands[::-1]
-    return program.relu(z - c) + c
+def _kink(program: Program, walk: Walk, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """A function with a kink, of one operand that depends on the input."""
+    (place,) = (i for i, value in enumerate(values) if isinstance(value, Linear))
+    lower, upper = program.ends(values[place])
+    box = walk.boxes.get(eqn.inputs[place])  # type: ignore[arg-type]
+    if box is not None:
+        lower, upper = np.fmax(lower, box.lower), np.fmin(upper, box.upper)
+    constants = [np.asarray(value) for i, value in enumerate(values) if i != place]
+    return [_KINKS[eqn.name](program, eqn, values[place], lower, upper, *constants)]
 
 
-def _min(program: Program, eqn: Equation, *operands: Any) -> Affine:
-    return -_max(program, eqn, *[-each for each in operands])
+def _max(program, eqn, z, l, u, c):
+    return program.relu(z - c, l - c, u - c) + c
 
 
-def _clamp(program: Program, eqn: Equation, low: Any, z: Affine, high: Any) -> Affine:
-    return _min(program, eqn, _max(program, eqn, z, low), high)
+def _min(program, eqn, z, l, u, c):
+    return -_max(program, eqn, -z, -u, -l, -c)
 
 
-def _reduce_max(program: Program, eqn: Equation, z: Affine) -> Affine:
+def _clamp(program, eqn, z, l, u, low, high):
+    above = _max(program, eqn, z, l, u, low)
+    return _min(program, eqn, above, np.maximum(l, low), np.maximum(u, low), high)
+
+
+def _reduce_max(program, eqn, z, l, u):
     axes, shape = eqn.params["axes"], eqn.outputs[0].shape
-    last = range(-len(axes), 0)
+    kept = [axis for axis in range(l.ndim) if axis not in axes]
 
-    def by_group(a: np.ndarray, lead: int) -> np.ndarray:
-        moved = np.moveaxis(a, [axis + lead for axis in axes], last)
-        return moved.reshape(*a.shape[:lead], math.prod(shape), -1)
+    def grouped(a):  # (*l.shape) to (groups, entries)
+        return a.transpose(*kept, *axes).reshape(math.prod(shape), -1)
 
-    parts = (by_group(a, 0) for a in (z.offset, z.lower, z.upper))
-    found = program.largest(Affine(by_group(z.columns, 1), *parts))
-    parts = (a.reshape(shape) for a in (found.offset, found.lower, found.upper))
-    return Affine(found.columns.reshape(-1, *shape), *parts)
+    parts = np.stack([grouped(part) for part in z.parts])
+    found = program.largest(Linear(parts), grouped(l), grouped(u))
+    return Linear(found.parts.reshape(-1, *shape))
 
 
-_KINKS: dict[str, Callable[..., Affine]] = {
-    "relu": lambda program, eqn, z: program.relu(z),
-    "leaky_relu": lambda program, eqn, z, a: z * a + program.relu(z) * (1 - a),
-    "abs": lambda program, eqn, z: program.relu(z) * 2.0 - z,
+_KINKS: dict[str, Callable[..., Linear]] = {
+    "relu": lambda program, eqn, z, l, u: program.relu(z, l, u),
+    "leaky_relu": lambda program, eqn, z, l, u, a: z * a + program.relu(z, l, u) * (1 - a),
+    "abs": lambda program, eqn, z, l, u: program.relu(z, l, u) * 2.0 - z,
     "max": _max,
     "min": _min,
     "clamp": _clamp,
     "reduce_max": _reduce_max,
 }
-"""Functions with kinks, of one operand that depends on the input, by the program's own columns."""
+"""(program, equation, operand, its ends, constants) -> the result."""

@@ -57,7 +57,7 @@ class Stack:
       visited: how many were bounded.
       broken: questions with a counterexample, bool (n,).
       example: the counterexamples, (n, *input).
-      stuck: questions with a sub-domain that could not be split any further, bool (n,).
+      leaves, leaf_owner, leaf_count: sub-domains that can not be split any further, likewise.
     """
 
     domains: Any
@@ -66,7 +66,9 @@ class Stack:
     visited: Array
     broken: Array
     example: Array
-    stuck: Array
+    leaves: Any
+    leaf_owner: Array
+    leaf_count: Array
 
     @property
     def capacity(self) -> int:
@@ -74,24 +76,28 @@ class Stack:
         return len(self.owner)
 
 
-def stack(domains: Any, example: Array, capacity: int) -> Stack:
+def stack(domains: Any, example: Array, capacity: int, leaves: int) -> Stack:
     """One sub-domain for each of n questions.
 
     Args:
       domains: pytree of (n, ...).
       example: zeros (n, *input), in the type of counterexamples.
       capacity: at least n.
+      leaves: how many of these there is room for.
     """
-    n = len(example)
+    n, zero = len(example), jnp.zeros((), jnp.int32)
 
     def roomy(a: Array) -> Array:
         return jnp.zeros((capacity, *a.shape[1:]), a.dtype).at[:n].set(a)
 
-    owner = jnp.zeros(capacity, jnp.int32).at[:n].set(jnp.arange(n, dtype=jnp.int32))
-    none = jnp.zeros(n, bool)
-    count = jnp.asarray(n, jnp.int32)
-    zero = jnp.zeros((), jnp.int32)
-    return Stack(jax.tree.map(roomy, domains), owner, count, zero, none, example, none)
+    def empty(a: Array) -> Array:
+        return jnp.zeros((leaves, *a.shape[1:]), a.dtype)
+
+    owner = jnp.arange(n, dtype=jnp.int32)
+    return Stack(
+        jax.tree.map(roomy, domains), roomy(owner), jnp.asarray(n, jnp.int32), zero,
+        jnp.zeros(n, bool), example, jax.tree.map(empty, domains), empty(owner), zero,
+    )  # fmt: skip
 
 
 def step(expand: Expand, k: int, state: Stack) -> Stack:
@@ -104,25 +110,24 @@ def step(expand: Expand, k: int, state: Stack) -> Stack:
 
     broken, example = _with_examples(state, found)
     keep = found.keep & ~broken[found.owner]
-    stuck = state.stuck.at[found.owner].max(keep & found.stuck)
-    keep &= ~found.stuck
+    leaf = keep & found.stuck
+    keep &= ~leaf
     order = jnp.argsort(jnp.where(keep, -found.order, -jnp.inf))
     children, owners, keep = jax.tree.map(lambda a: a[order], (found.children, found.owner, keep))
-    position = start + jnp.cumsum(keep.astype(jnp.int32), dtype=jnp.int32) - 1
-    position = jnp.where(keep, position, state.capacity)
-
-    def push(old: Array, new: Array) -> Array:
-        return old.at[position].set(new, mode="drop")
-
-    return Stack(
-        jax.tree.map(push, state.domains, children),
-        push(state.owner, owners),
-        start + jnp.sum(keep, dtype=jnp.int32),
-        state.visited + jnp.sum(there, dtype=jnp.int32),
-        broken,
-        example,
-        stuck,
+    domains, owner, count = _pushed((state.domains, state.owner), start, (children, owners), keep)
+    leaves, leaf_owner, leaf_count = _pushed(
+        (state.leaves, state.leaf_owner), state.leaf_count, (found.children, found.owner), leaf
     )
+    visited = state.visited + jnp.sum(there, dtype=jnp.int32)
+    return Stack(domains, owner, count, visited, broken, example, leaves, leaf_owner, leaf_count)
+
+
+def _pushed(old: Any, count: Array, new: Any, keep: Array) -> tuple[Any, Array, Array]:
+    """Some of the new sub-domains behind the first `count` of the old, and how many there are."""
+    position = count + jnp.cumsum(keep.astype(jnp.int32), dtype=jnp.int32) - 1
+    position = jnp.where(keep, position, jnp.iinfo(jnp.int32).max)
+    domains, owner = jax.tree.map(lambda a, b: a.at[position].set(b, mode="drop"), old, new)
+    return domains, owner, count + jnp.sum(keep, dtype=jnp.int32)
 
 
 def _with_examples(state: Stack, found: Expansion) -> tuple[Array, Array]:
@@ -136,12 +141,19 @@ def _with_examples(state: Stack, found: Expansion) -> tuple[Array, Array]:
     return state.broken | (last >= 0), example
 
 
+def has_room(state: Stack, k: int) -> Array:
+    """Whether a step cannot overflow: it puts at most 2 k sub-domains in the place of k."""
+    leaves = state.leaf_count + 2 * k <= len(state.leaf_owner)
+    return (state.count + k <= state.capacity) & leaves
+
+
 def block(expand: Expand, k: int, state: Stack, steps: Any) -> Stack:
-    """Up to `steps` steps, fewer if the stack runs empty or might overflow; pure, for use in jit."""
+    """Up to `steps` steps, fewer if the stack runs empty or there might be no room for what comes;
+    pure, for use in jit."""
 
     def goes_on(carry):
         done, state = carry
-        room = state.count + k <= state.capacity
+        room = has_room(state, k)
         return (done < steps) & (state.count > 0) & room
 
     def body(carry):

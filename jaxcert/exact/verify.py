@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -15,7 +15,7 @@ from jaxcert.attacks import gradient
 from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.planes import PLANES
 from jaxcert.certificate import Reason, Status, Verdict
-from jaxcert.exact import activations, inputs, search
+from jaxcert.exact import activations, inputs, leaves, search
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question, question
 from jaxcert.floats import ieee_float64
@@ -252,7 +252,7 @@ class _Search:
         def block(state, steps):
             return _input_block(self.model, places, k, self.arrays, self.asked, state, steps)
 
-        self._run(block, k, start, here, np.arange(len(self.outcome.status)))
+        self._run(block, None, k, start, here, np.arange(len(self.outcome.status)))
 
     # --- Splitting hidden values
 
@@ -280,7 +280,22 @@ class _Search:
         def block(state, steps):
             return _hidden_block(self.model, options, k, self.arrays, asked, state, steps)
 
-        self._run(block, k, domains, left, here)
+        def settle(leaf, i):
+            mine = jax.tree.map(lambda a: a[i : i + 1], asked)
+            return leaves.settled(self.model, self.arrays, mine, leaf)
+
+        if domains.lower.shape[1] == 0:  # an affine model: each sub-domain is a leaf
+            self._settle_affine(settle, domains, left, here)
+            return
+        self._run(block, settle, k, domains, left, here)
+
+    def _settle_affine(self, settle, domains, left: np.ndarray, owner: np.ndarray) -> None:
+        waiting = np.zeros(len(self.outcome.status), bool)
+        for i in left.tolist():
+            leaf = jax.tree.map(lambda a, i=i: a[i : i + 1], domains)
+            waiting[owner[i]] |= not self._leaf(settle, leaf, i, owner)
+        self.outcome.settle(waiting, Status.UNKNOWN, Reason.NUMERICS)
+        self.outcome.settle(~waiting, Status.VERIFIED)
 
     def _ranges(self, effort: int) -> tuple[Array, Array, int]:
         n = len(self.outcome.status)
@@ -297,11 +312,15 @@ class _Search:
 
     # --- The loop
 
-    def _run(self, block, k: int, start: Any, places: np.ndarray, owner: np.ndarray) -> None:
+    def _run(
+        self, block, settle, k: int, start: Any, places: np.ndarray, owner: np.ndarray
+    ) -> None:
         """Work on sub-domains until all questions are answered or the budget is used up.
 
         Args:
           block: (stack, steps) -> stack.
+          settle: (leaf, its question) -> whether it is proved, or broken, and at which point; or
+            None if nothing can be done about leaves.
           k: sub-domains of a step.
           start: one sub-domain for each of n questions.
           places: the questions among them that are asked.
@@ -318,7 +337,10 @@ class _Search:
             broken, example = np.asarray(pool.stack.broken), np.asarray(pool.stack.example)
             for i in np.flatnonzero(broken):
                 self.outcome.falsify(np.arange(len(stuck)) == owner[i], example[i][None])
-            stuck[owner[np.flatnonzero(pool.stack.stuck)]] = True
+            for leaf, i in pool.take_leaves():
+                stuck[owner[i]] |= self.outcome.open[owner[i]] and not self._leaf(
+                    settle, leaf, i, owner
+                )
             waiting = pool.waiting()
             self.clock.report(self.outcome, sum(waiting.values()))
             unproved = np.zeros(len(stuck), bool)
@@ -337,6 +359,17 @@ class _Search:
             if blocks & (blocks - 1) == 0 and blocks >= 4:
                 self.attack(restarts=512, steps=60)
 
+    def _leaf(self, settle, leaf: Any, question: int, owner: np.ndarray) -> bool:
+        """Whether a leaf is settled."""
+        if settle is None:
+            return False
+        proved, broken, example = settle(leaf, question)
+        if broken:
+            self.outcome.falsify(
+                np.arange(len(self.outcome.status)) == owner[question], example[None]
+            )
+        return proved or broken
+
 
 class _Pool:
     """A stack on the device with more room on the host."""
@@ -344,7 +377,7 @@ class _Pool:
     def __init__(self, start, places, n: int, k: int, shape, memory: int):
         size = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in jax.tree.leaves(start))
         capacity = max(4 * k + n, min(2**14, memory // max(1, 4 * size)))
-        stack = search.stack(start, jnp.zeros((n, *shape)), capacity)
+        stack = search.stack(start, jnp.zeros((n, *shape)), capacity, 8 * k)
         m = len(places)
         order = np.concatenate([places, np.zeros(capacity - m, np.int64)])
         domains = jax.tree.map(lambda a: a[order], stack.domains)
@@ -361,6 +394,15 @@ class _Pool:
         owners += [owner for _, owner in self._spilled]
         found, counts = np.unique(np.concatenate(owners), return_counts=True)
         return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+    def take_leaves(self) -> Iterator[tuple[Any, int]]:
+        """The leaves, each with a leading axis of 1, and their questions."""
+        for i in range(int(self.stack.leaf_count)):
+            yield (
+                jax.tree.map(lambda a, i=i: a[i : i + 1], self.stack.leaves),
+                int(self.stack.leaf_owner[i]),
+            )
+        self.stack = dataclasses.replace(self.stack, leaf_count=jnp.zeros((), jnp.int32))
 
     def make_room(self) -> Reason | None:
         """Move the lower half of a full stack to the host, or bring sub-domains back to an empty

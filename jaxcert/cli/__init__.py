@@ -1,0 +1,1 @@
+"""The command line: one instance or a whole benchmark of VNN-COMP, decided and recorded."""
