@@ -24,7 +24,6 @@ import jaxcert.cli.benchmark
 from jaxcert.certificate import MESSAGES, Reason, Status
 from jaxcert.cli.command import main
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.exact import proof
 from jaxcert.exact.verify import Outcome, Progress
 from jaxcert.io import vnnlib
 
@@ -218,6 +217,8 @@ def test_every_case_must_be_proved(here, capsys, monkeypatch):
 
 
 def test_a_proof_is_checked(here, capsys, monkeypatch):
+    from jaxcert.exact import proof
+
     files = pathlib.Path("proof"), pathlib.Path("net.onnx"), pathlib.Path("holds.vnnlib")
 
     def check(*given, exact):
@@ -233,6 +234,27 @@ def test_a_proof_is_checked(here, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "proved\n"
     assert "3 leaves" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"), [(None, 0, 1), (UnsupportedEquation("time ran out"), 14, 2)]
+)
+def test_a_proof_is_written_or_missed(here, capsys, monkeypatch, error, status, lines):
+    from jaxcert.exact import record
+
+    def prove(network, prop, path, *, seconds):
+        assert (network.name, prop.name) == ("net.onnx", "holds.vnnlib")
+        assert 0 < seconds < 60
+        if error is not None:
+            raise error
+
+    fake(monkeypatch)
+    monkeypatch.setattr(record, "prove", prove)
+    done, out, err = verify(capsys, "net.onnx", "holds.vnnlib", "--proof", "p")
+    assert (done, out, len(err)) == (status, ["unsat"], lines)
+    assert error is None or "no proof was written: time ran out" in err[1]
+    fake(monkeypatch, Status.UNKNOWN, Reason.MEMORY)
+    assert verify(capsys, "net.onnx", "holds.vnnlib", "--proof", "p")[0] == 11
 
 
 # --- Mistakes
@@ -278,6 +300,7 @@ def test_mistakes_are_one_line(here, capsys):
         "verify net.onnx holds.vnnlib --seed -1",
         "verify net.onnx holds.vnnlib --results r.csv",
         "verify --instances instances.csv --json a.json",
+        "verify --instances instances.csv --proof p",
         "verify net.onnx holds.vnnlib --instances instances.csv",
         "verify --instances instances.csv --timeout 5 --timeout-scale 2",
     ],

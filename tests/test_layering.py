@@ -28,6 +28,11 @@ MAY_IMPORT = {
     "lipschitz": WORDS | GRAPH | {"bounds"},
     "smoothing": WORDS | GRAPH,
     "evaluate": WORDS,
+    "attacks": WORDS,
+    "exact": WORDS | GRAPH | {"bounds", "attacks", "io"},
+    "io": WORDS | GRAPH,
+    "cli": WORDS | {"exact", "io"},
+    "__main__": {"cli"},
 }
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

@@ -7,6 +7,7 @@ property is violated. `timeout` and `unknown`: no answer, with the reason.
 import dataclasses
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxcert.errors import JaxcertError
 from jaxcert.exact.verify import Budget, Report, decide
 from jaxcert.io.onnx import OnnxModel
 from jaxcert.io.vnnlib import Case, Problem, counterexample_text, nearest_inside
-from jaxcert.model import as_float64, run, split
+from jaxcert.model import run, split
 from jaxcert.sets import Box, InputSet
 
 UNSAT, SAT, UNKNOWN, TIMEOUT = "unsat", "sat", "unknown", "timeout"
@@ -156,7 +157,7 @@ def replay(model: OnnxModel, case: Case, x: np.ndarray) -> tuple[Example | None,
     point = np.array([float(text) for text in printed.texts]).reshape(1, *model.input_shape)
     narrow = _outputs(model, point.astype(np.float32))
     with jax.enable_x64(True):
-        wide = _outputs(as_float64(model), point)
+        wide = _outputs(jax.tree.map(_widened, model), point)
     if not (case.violated_by(narrow) and case.violated_by(wide)):
         return None, NOT_REPLAYED
     return Example(printed.texts, tuple(narrow)), ""
@@ -167,6 +168,12 @@ def _outputs(model: OnnxModel, point: np.ndarray) -> list[float]:
     arrays, structure = split(model)
     with jax.default_matmul_precision("highest"):
         return np.asarray(run(structure, arrays, jnp.asarray(point)))[0].tolist()
+
+
+def _widened(weight: Any) -> np.ndarray:
+    """A weight in float64 if it is a float; by numpy, since each operation of JAX would compile."""
+    weight = np.asarray(weight)
+    return weight.astype(np.float64) if jnp.issubdtype(weight.dtype, jnp.floating) else weight
 
 
 def said(error: BaseException) -> str:

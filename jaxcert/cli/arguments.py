@@ -21,6 +21,8 @@ _EPILOG = """\
 examples:
   python -m jaxcert verify net.onnx prop.vnnlib --timeout 60 --json answer.json
   python -m jaxcert verify --instances instances.csv --results results.csv
+  python -m jaxcert verify net.onnx prop.vnnlib --proof prop.proof
+  python -m jaxcert check prop.proof net.onnx prop.vnnlib
   python -m jaxcert verify --help          verdicts, exit status, how a benchmark resumes
 """
 
@@ -41,6 +43,7 @@ Reasons are on stderr, and so is the progress if that is a terminal.
 _VERIFY_EPILOG = """\
 exit status, of one instance:
   0  unsat, and only then      10  sat      11  unknown      12  timeout
+  14 unsat, but no proof could be written to the file of --proof
   1  a file is missing, malformed or unsupported; one line on stderr says where and why
   2  the command line is wrong                 130  interrupted
 exit status, with --instances:
@@ -55,9 +58,9 @@ a benchmark:
 
 time:
   --timeout counts from the start of the process, or of the instance with --instances; reading and
-  compiling included. One instance stops at most two seconds after it. Compiled programs are kept
-  in --cache, else $JAX_COMPILATION_CACHE_DIR, else jaxcert in $XDG_CACHE_HOME or ~/.cache, so the
-  first run on a net's architecture is the slow one.
+  compiling and writing a proof are included. One instance stops at most two seconds after it.
+  Compiled programs are kept in --cache, else $JAX_COMPILATION_CACHE_DIR, else jaxcert in
+  $XDG_CACHE_HOME or ~/.cache, so the first run on a net's architecture is the slow one.
 """
 
 _CHECK = """\
@@ -106,6 +109,7 @@ def _add_verify(commands: Any) -> None:
     add("network", nargs="?", type=path, metavar="NET.onnx", help="the net, or NET.onnx.gz")
     add("property", nargs="?", type=path, metavar="PROP.vnnlib", help="likewise")
     add("--json", type=path, metavar="FILE", help="write verdict, reason, cost and versions there")
+    add("--proof", type=path, metavar="FILE", help="write a proof of unsat there, for `check`")
     add = verify.add_argument_group("a benchmark").add_argument
     add("--instances", type=path, metavar="CSV", help="the list of its instances")
     add("--results", type=path, metavar="FILE", help="the table of results (results.csv)")
@@ -155,9 +159,9 @@ def _verify_task(typed: argparse.Namespace, began: float) -> Single | Benchmark:
             typed.wrong("--results, --timeout-scale and --counterexamples go with --instances")
         limit = typed.timeout or 60.0
         net, prop = typed.network, typed.property
-        return Single(net, prop, limit, began, typed.seed, typed.json, typed.quiet)
-    if typed.network or typed.json:
-        typed.wrong("--instances takes the place of NET.onnx PROP.vnnlib and --json")
+        return Single(net, prop, limit, began, typed.seed, typed.json, typed.proof, typed.quiet)
+    if typed.network or typed.json or typed.proof:
+        typed.wrong("--instances goes without NET.onnx PROP.vnnlib, --json and --proof")
     if typed.timeout and typed.timeout_scale:
         typed.wrong("--timeout replaces the list's seconds, so --timeout-scale has nothing to do")
     results = typed.results or pathlib.Path("results.csv")

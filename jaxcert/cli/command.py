@@ -57,5 +57,6 @@ def _prepare(cache: pathlib.Path | None) -> None:
             raise
         return  # without a cache it is slower, and that is all
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Small programs, too: a search starts with dozens, each compiled in the time of ten look-ups.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

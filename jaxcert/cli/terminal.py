@@ -1,5 +1,6 @@
 """What people see of a run while it lasts: one line on a terminal, nothing anywhere else."""
 
+import math
 import sys
 import time
 
@@ -19,7 +20,7 @@ class Ticker:
     def __init__(self, quiet: bool):
         self.title, self.visited = "", 0
         self._on = not quiet and sys.stderr.isatty()
-        self._shown_at = -1.0
+        self._shown_at = -math.inf
 
     def begin(self, title: str) -> None:
         """Start a line."""
@@ -30,6 +31,7 @@ class Ticker:
         """Take a search's report."""
         self.visited = progress.visited
         if time.monotonic() - self._shown_at > 0.2:
+            self._shown_at = time.monotonic()
             self._show(
                 f"{progress.seconds:.0f} s of searching, {progress.visited:,} sub-domains "
                 f"bounded, {progress.waiting:,} waiting"
@@ -42,5 +44,4 @@ class Ticker:
 
     def _show(self, text: str) -> None:
         if self._on:
-            self._shown_at = time.monotonic()
             print(f"{_CLEAR}{self.title}{text}", end="", file=sys.stderr, flush=True)

@@ -33,4 +33,8 @@ class Watchdog:
 
     def _end(self) -> None:
         if self._turn.acquire(blocking=False):
-            os._exit(self._last())
+            status = 1
+            try:
+                status = self._last()
+            finally:
+                os._exit(status)

@@ -366,7 +366,7 @@ def expansion(
     keep = jnp.concatenate([there, there & ~whole]) & ~(bound > 0)
     owners, there = jnp.tile(owner, 2), jnp.tile(there, 2)
     points = _tries(model, arrays, both, slope)
-    broken, _ = model.tried(arrays, question, points, owners)
+    points, broken, _ = model.tried(arrays, question, points, owners)
     stuck = jnp.tile(whole, 2)
     return Expansion(children, owners, keep, stuck, bound, points, owners, broken & there)
 

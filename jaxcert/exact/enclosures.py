@@ -5,7 +5,7 @@ whoever claims that they are good. Any of them in their ranges give a bound that
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -27,31 +27,31 @@ Slopes: TypeAlias = Callable[[int, Array, "Domain"], Array | None]
 upper bounds of these entries of the kink's operand, NaN where they are adaptive; None for all."""
 
 
-#
 # For rows A on a value v, the pass keeps  row >= sum_v A_v v + low - lost.  At
 #
-#     v = M x + t:          A v  =  (A M) x + A t,
-#     y = max(a z, z):      A y >=  (A+ s + A- c) z + A- t,   any s in [a, 1], c the chord's slope and
-#                           t = max(f(l) - c l, f(u) - c u): f(z) - c z is convex, so it is largest at
-#                           an end of l <= z <= u; and s z <= max(a z, z) for every z,
-#     l <= z <= u:          row >= row + p (l - z) + q (z - u) for multipliers p, q >= 0,
+#     v = M x + t:      A v  =  (A M) x + A t,
+#     y = max(a z, z):  A y >=  (A+ s + A- c) z + A- t,  since y >= s z for any s in [a, 1], and the
+#                       convex y - c z is at most t, the larger one of its values at l and u,
+#     l <= z <= u:      row >= row + p (l - z) + q (z - u)  for any multipliers p, q >= 0,
 #
-# and at the input A x is least at a corner of the box. A sum of n products in float64, in any order,
-# errs by at most gamma_n times the sum of their sizes, gamma_n = n u / (1 - n u) (Higham, Accuracy
-# and Stability of Numerical Algorithms, 3.1). With sizes S >= |M| |x| + |t|, and 2 |z| for a kink,
-# all that is rounded while A passes v, as well as a weight that is itself rounded a few times, is at
-# most gamma |A| S: it is added to `lost`, with one gamma for all, twice what the longest sum needs,
-# so that `lost` may be rounded itself. What underflows is far below DUST as long as |A| < 2^300 and
-# S < 2^100. With rationals nothing is lost; only boxes are rounded outward, to float64.
+# and at the input A x is least at a corner of the box. (This is CROWN and beta-CROWN, whose c is the
+# slope of the chord from l to u.)
+#
+# A sum of n products in float64 errs in any order by at most gamma_n times the sum of their sizes,
+# gamma_n = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+# With sizes S >= |M| |x| + |t|, and 2 |z| for a kink, all that is rounded while A passes v is at
+# most gamma |A| S, even if M itself was rounded a few times. That is added to `lost`, with a gamma
+# for all: twice what the longest sum needs, so that `lost` may be rounded, too. What underflows is
+# far below DUST as long as |A| < 2^300 and S < 2^100. Of rationals nothing is lost, and they stay
+# short because boxes, slopes and multipliers are float64 in any case, boxes rounded outward.
 
 DUST = 2.0**-600
 ROWS = 256  # of hidden values bounded at a time
-BATCH = 32  # leaves checked at a time
 
 
 @dataclasses.dataclass
 class Domain:
-    """Boxes (b, n) of float64 around all values of the net, and their sizes S."""
+    """Boxes (b, n) of float64 around all values of a net, and sizes S as above."""
 
     lower: list[Array]
     upper: list[Array]
@@ -75,7 +75,7 @@ class Bounds:
     def __init__(self, net: Net, exact: bool = False):
         self.net, self.exact = net, exact
         self.steps = [s and s.converted(self.number) for s in net.steps]
-        terms = max(step.terms for step in net.steps if step)
+        terms = max(*net.sizes, *(step.terms for step in net.steps if step))
         self.gamma = 0.0 if exact else 2 * (terms + len(net.steps) + 64) * 2.0**-53
         sizes = [net.sizes[y] for y in net.kinks]
         self.parts = [slice(end - n, end) for n, end in zip(sizes, np.cumsum(sizes), strict=True)]
@@ -101,9 +101,7 @@ class Bounds:
         """Boxes of all values for inputs in boxes (b, n), from intervals and from linear bounds of
         what kinks are of, with given slopes or adaptive ones."""
         found = Domain([lower], [upper], [np.maximum(abs(lower), abs(upper))])
-        level = [
-            0
-        ]  # 0: each entry from an input of its own, 1: intervals are exact, 2: they are not
+        level = [0]
         for v, step in enumerate(self.steps):
             if step is None:
                 continue
@@ -144,7 +142,8 @@ class Bounds:
         """Linear bounds of those entries of a kink's operand v whose interval holds the kink."""
         low, high = known.lower[v], known.upper[v]
         kink = next(k for k, y in enumerate(self.net.kinks) if self.net.operand(y) == v)
-        index = np.flatnonzero(((low < 0) & (high > 0)).any(0))
+        crosses = (low < 0) & (high > 0)
+        index = np.flatnonzero(crosses.any(0))
         for some in np.split(index, range(ROWS, len(index), ROWS)):
             m = len(some)
             given = slopes(kink, some, known) if slopes and m else None
@@ -153,15 +152,18 @@ class Bounds:
             rows[range(m), some], rows[range(m, 2 * m), some] = 1, -1
             found, _ = self.below(v, self.number(rows[None]), known, given[None])
             least, most = self._outward(found[:, :m], -found[:, m:])
-            low[:, some] = np.maximum(low[:, some], least)
-            high[:, some] = np.minimum(high[:, some], most)
+            mine = crosses[
+                :, some
+            ]  # of the others nothing is changed, whatever else is in the batch
+            low[:, some] = np.where(mine, np.maximum(low[:, some], least), low[:, some])
+            high[:, some] = np.where(mine, np.minimum(high[:, some], most), high[:, some])
 
     # --- Rows
 
     def below(
         self, start: int, rows: Array, known: Domain, slopes: Array, pushes: Mapping | None = None
     ) -> tuple[Array, Array]:
-        """Lower bounds (b, r) of rows (b, r, n) of the value `start`, and the last A (b, r, inputs).
+        """Lower bounds (b, r) of rows (b, r, n) on the value `start`, and A (b, r, m) at the input.
 
         Args:
           slopes: of the lines below kinks, (b, r, all kinks); NaN for 1 where u > -l, else a.
@@ -200,9 +202,9 @@ class Bounds:
         ((x, _),) = step.parts
         l, u = known.lower[x], known.upper[x]
         given = slopes[:, :, self.parts[self.net.kinks.index(v)]]
-        chord, below = chords(l, u, step.left)[:, None], adaptive(l, u, step.left)[:, None]
+        chord, better = _chord(l, u, step.left)[:, None], np.where(u > -l, 1.0, step.left)[:, None]
         crosses = ((l < 0) & (u > 0))[:, None]
-        below = np.where(crosses, np.where(np.isnan(given), below, given), chord)
+        below = np.where(crosses, np.where(np.isnan(given), better, given), chord)
         chord, below, l, u = (self.number(a) for a in (chord, below, l[:, None], u[:, None]))
         left = self.number(step.left)
         above = np.maximum(*(np.maximum(left * end, end) - chord * end for end in (l, u)))
@@ -210,17 +212,28 @@ class Bounds:
         return [(x, up * below + down * chord)], _dot(down, above[:, 0])
 
 
-def chords(l: Array, u: Array, left: float) -> Array:
-    """The slopes of the lines through the ends of a kink, or of its one piece."""
+def adaptive(bounds: Bounds, known: Domain) -> Array:
+    """The slopes of the better one of each kink's two pieces, (b, all kinks)."""
+    parts = [np.where(u > -l, 1.0, left) for l, u, left in _kinks(bounds, known)]
+    return np.concatenate(parts, 1)
+
+
+def chords(bounds: Bounds, known: Domain) -> Array:
+    """The slopes of the chords of the kinks, (b, all kinks)."""
+    return np.concatenate([_chord(*kink) for kink in _kinks(bounds, known)], 1)
+
+
+def _kinks(bounds: Bounds, known: Domain) -> Iterator[tuple[Array, Array, float]]:
+    for y in bounds.net.kinks:
+        z = bounds.net.operand(y)
+        yield known.lower[z], known.upper[z], bounds.net.left(y)
+
+
+def _chord(l: Array, u: Array, left: float) -> Array:
+    """The slopes of the chords from l to u, or of the one piece that these are on."""
     share = np.maximum(u, 0) / np.where(u > l, np.maximum(u, 0) - np.minimum(l, 0), 1)
-    return np.where(
-        l >= 0, 1.0, np.where(u <= 0, left, np.clip(left + (1 - left) * share, left, 1))
-    )
-
-
-def adaptive(l: Array, u: Array, left: float) -> Array:
-    """The slopes of the better one of a kink's two pieces."""
-    return np.where(u > -l, 1.0, left)
+    slope = np.clip(left + (1 - left) * share, left, 1)
+    return np.where(l >= 0, 1.0, np.where(u <= 0, left, slope))
 
 
 def _dot(rows: Array, vector: Array) -> Array:

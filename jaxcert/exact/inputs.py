@@ -22,10 +22,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import pull_back
 from jaxcert.bounds.concretise import box_of
+from jaxcert.bounds.concretise import least as least_over
 from jaxcert.bounds.hidden import refined, with_dust
 from jaxcert.bounds.linear import Goal, shifted
 from jaxcert.bounds.slopes import Free, free_lines
@@ -34,7 +36,7 @@ from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
 from jaxcert.graph import Var
-from jaxcert.sets import Array, Box, InputSet, bounding_box
+from jaxcert.sets import Array, Box, InputSet, LinfBall, bounding_box, flat_norm
 from jaxcert.specs import Spec
 
 ROUNDS = 2  # of contraction; more gain nothing
@@ -49,11 +51,13 @@ class Below:
       matrix: (b, r, m), over the m inputs that vary.
       offset: (b, r), with all other inputs accounted for.
       centre: (b, m).
+      value: their least values over the whole set, which may be less than a box, (b, r).
     """
 
     matrix: Array
     offset: Array
     centre: Array
+    value: Array
 
 
 def least(below: Below, lower: Array, upper: Array) -> Array:
@@ -71,7 +75,7 @@ def least(below: Below, lower: Array, upper: Array) -> Array:
 
 
 def contracted(
-    below: Below, lower: Array, upper: Array, clauses: Array
+    below: Below, lower: Array, upper: Array, clauses: Array, alive: Array
 ) -> tuple[Array, Array, Array]:
     """The smallest boxes found around the points that may break a clause.
 
@@ -83,14 +87,13 @@ def contracted(
       below: r functions.
       lower, upper: (b, m).
       clauses: which functions belong to rows of each clause, bool (b, c, r).
+      alive: which clauses may be broken at all, bool (b, c).
 
     Returns:
-      The hull of what is left for each clause, (b, m) twice, and which clauses may be broken at
-      all, bool (b, c).
+      The hull of what is left for each clause, (b, m) twice, and which clauses may still be broken.
     """
     shape = (*clauses.shape[:2], lower.shape[-1])
     low, high = (jnp.broadcast_to(a[:, None], shape) for a in (lower, upper))
-    alive = jnp.any(clauses, -1)
     matrix = below.matrix[:, None]
     slope = jnp.abs(matrix)
     steep = slope > 2.0**-60
@@ -125,13 +128,13 @@ class Places:
 
     def spread(self, base: Array, part: Array) -> Array:
         """Examples (b, *shape) from what does not vary (b, *shape) and what does (b, m)."""
-        flat = base.reshape(len(base), -1).at[:, jnp.array(self.varying)].set(part)
+        flat = base.reshape(len(base), -1).at[:, np.array(self.varying)].set(part)
         return flat.reshape(base.shape)
 
-    def pick(self, full: Array) -> Array:
+    def pick(self, full: Any) -> Any:
         """What varies: (..., *shape) to (..., m)."""
         lead = full.shape[: full.ndim - len(self.shape)]
-        return full.reshape(*lead, -1)[..., jnp.array(self.varying)]
+        return full.reshape(*lead, -1)[..., np.array(self.varying)]
 
 
 def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
@@ -142,17 +145,19 @@ def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
     box = walk.boxes[walk.net.input]
     free = free_lines(walk)
 
-    def one(shares: list[Array]) -> tuple[Array, Array]:
+    def one(shares: list[Array]) -> tuple[Array, Array, Array]:
         mixed = {v: free[v].combined(share) for v, share in zip(free, shares, strict=True)}
         matrix, offset = pull_back(walk.net, {**walk.planes, **mixed}, out, form)
-        low = walk.from_centre(out, form, offset).T
-        low = with_dust(walk, Box(low, low), walk.dust[:, None]).lower
-        return matrix.astype(walk.dtype), shifted(walk, spec, Box(low, low)).lower
+        value = offset + least_over(walk.around, matrix, True)
+        both = [walk.from_centre(out, form, v).T for v in (offset, value)]
+        both = [with_dust(walk, Box(v, v), walk.dust[:, None]).lower for v in both]
+        both = [shifted(walk, spec, Box(v, v)).lower for v in both]
+        return matrix.astype(walk.dtype), *both
 
     # One after the other, not side by side: as in `hidden.py`, a loop spares repeated work.
-    matrix, offset = jax.lax.map(one, _slope_choices(walk, free))
+    matrix, offset, value = jax.lax.map(one, _slope_choices(walk, free))
     matrix = jnp.moveaxis(matrix, 2, 0).reshape(len(centre), -1, *places.shape)
-    offset = jnp.moveaxis(offset, 1, 0).reshape(len(centre), -1)
+    offset, value = (jnp.moveaxis(a, 1, 0).reshape(len(centre), -1) for a in (offset, value))
     varying = places.pick(matrix)
     fixed = matrix.reshape(*matrix.shape[:2], -1)
     fixed = fixed.at[..., jnp.array(places.varying)].set(0.0)
@@ -160,7 +165,7 @@ def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
     lost = rounding.inflate(jnp.sum(jnp.abs(fixed) * radius, -1), fixed.shape[-1])
     lost = lost * (1 + 8 * rounding.UNIT)
     low = rounding.widen(Box(offset - lost, offset - lost), rounding.ARITHMETIC).lower
-    return Below(varying, low, places.pick(centre))
+    return Below(varying, low, places.pick(centre), value)
 
 
 def _slope_choices(walk: Walk, free: Mapping[Var, Free]) -> list[Array]:
@@ -262,7 +267,9 @@ def expansion(
     count = mine.matrix.shape[1]
     clauses = jnp.tile(mine.clauses, (1, 1, below.offset.shape[1] // count))
 
-    low, high, alive = contracted(below, boxes.lower, boxes.upper, clauses)
+    open_ = jnp.any(clauses, -1) & ~jnp.any((below.value[:, None] > 0) & clauses, -1)
+    open_ &= _meets(mine.region, region)[:, None]
+    low, high, alive = contracted(below, boxes.lower, boxes.upper, clauses, open_)
     keep = there & jnp.any(alive, 1)
     row, functions = _hardest(below, mine.clauses, alive, low, high)
     scores = blame(walk, mine.rows, row, places)
@@ -273,7 +280,9 @@ def expansion(
 
     points = [jnp.where(functions > 0, low, high), low / 2 + high / 2]
     points = [places.spread(bounding_box(mine.region).lower, p) for p in points]
-    broken, value = model.tried(arrays, question, jnp.concatenate(points), jnp.tile(owner, 2))
+    points, broken, value = model.tried(
+        arrays, question, jnp.concatenate(points), jnp.tile(owner, 2)
+    )
     worth = jnp.min(value.reshape(2, -1), 0)
     split = scores == jnp.max(scores, 1, keepdims=True)
     split &= jnp.cumsum(split, 1) == 1
@@ -284,7 +293,7 @@ def expansion(
     )
     return Expansion(
         children, jnp.tile(owner, 2), jnp.tile(keep, 2), jnp.tile(~jnp.any(wide, 1), 2),
-        jnp.tile(worth, 2), jnp.concatenate(points), jnp.tile(owner, 2),
+        jnp.tile(worth, 2), points, jnp.tile(owner, 2),
         broken & jnp.tile(there, 2),
     )  # fmt: skip
 
@@ -294,6 +303,14 @@ def _part(region: InputSet, places: Places, boxes: Boxes) -> InputSet:
     whole = box_of(region, True)
     part = Box(places.spread(whole.lower, boxes.lower), places.spread(whole.upper, boxes.upper))
     return part if isinstance(region, Box) else dataclasses.replace(region, valid=part)
+
+
+def _meets(whole: InputSet, part: InputSet) -> Array:
+    """Whether a ball reaches into its box at all, (b,)."""
+    if isinstance(part, Box | LinfBall) or not isinstance(part.valid, Box):
+        return jnp.ones(bounding_box(whole).lower.shape[0], bool)
+    nearest = jnp.clip(part.x, part.valid.lower, part.valid.upper)
+    return ~(flat_norm(nearest - part.x, part.norm) > part.eps * (1 + 2.0**-30))
 
 
 def _hardest(

@@ -42,9 +42,9 @@ def settled(
         return False, False, np.zeros(model.shape)
     multipliers, point = found
     bound = _bounded(model, arrays, question, domain, multipliers)
-    point = point.reshape(1, *model.shape)
-    broken, _ = model.tried(arrays, question, jnp.asarray(point), jnp.zeros(1, jnp.int32))
-    return bool(bound[0] > 0), bool(broken[0]), point[0]
+    start = jnp.asarray(point.reshape(1, *model.shape))
+    points, broken, _ = model.tried(arrays, question, start, jnp.zeros(1, jnp.int32))
+    return bool(bound[0] > 0), bool(broken[0]), np.asarray(points[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)

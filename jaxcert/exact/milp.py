@@ -2,8 +2,8 @@
 
 The least value of a row over a set, up to the solver's tolerances (Tjeng, Xiao, Tedrake,
 "Evaluating robustness of neural networks with mixed integer programming", ICLR 2019), for small
-models: up to some hundreds of hidden values of unsure sign. It shares neither relaxations nor
-branching with the other methods, which makes it a check on them.
+models: up to some hundreds of hidden values of unsure sign. It shares neither lines nor branching
+with the other methods, and so checks them.
 
 A value of the model is a linear function of a program's columns: the number 1, the inputs, and for
 each kink two more, its result y and a binary d. Affine equations are followed exactly, so that what
@@ -20,6 +20,7 @@ A clause is broken where the largest of its rows, t, is at most 0: t >= row_i fo
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize, sparse
 
 from jaxcert.bounds.linear import Hidden, bounder, crown
 from jaxcert.bounds.planes import is_affine
@@ -35,7 +37,7 @@ from jaxcert.bounds.products import exact_products
 from jaxcert.bounds.walk import BoundHidden, Walk
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.model import Traceable
-from jaxcert.exact.question import Question, question
+from jaxcert.exact.question import Question, question, rows_at, shortfall
 from jaxcert.floats import ieee_float64
 from jaxcert.graph import Equation, Var, holds_all, read, unsupported
 from jaxcert.model import Model, as_float64, is_traced, output_shape, split, uses_float64
@@ -61,9 +63,8 @@ def verify(
     property at a point of the set in the input's own type, in the caller's arithmetic and float64.
 
     Args:
-      f: the model, (b, *input) -> (b, k), rows independent, of up to some hundreds of unsure kinks:
-        affine equations, relu, leaky_relu, abs, max, min, clamp, and reductions and pooling by max
-        or min. Casts to float32 count as exact.
+      f: the model, (b, *input) -> (b, k), rows independent: affine equations, relu, leaky_relu,
+        abs, max, min, clamp, reductions and pooling by max or min. Casts to float32 count as exact.
       region: a `Box`, `LinfBall` or `L1Ball` of b sets.
       spec: a `Spec`, or `AllOf` and `AnyOf` of them, with `>` strict.
       seconds: for the whole call; each program has an equal share of what is left.
@@ -107,8 +108,8 @@ def _decided(task: "_Task", i: int) -> tuple[Status, Reason, np.ndarray]:
         share = task.seconds((task.n - i) * len(clauses) - j)
         bound, x, out_of_time = program.least(rows, share)
         if x is not None:
-            point, shortfall = task.tried(i, x, clauses)
-            if shortfall <= 0:
+            point, worst = task.tried(i, x, clauses)
+            if worst <= 0:
                 return Status.FALSIFIED, Reason.NONE, point
         if not bound > TOLERANCE:
             reasons.add(Reason.TIME if out_of_time else Reason.NUMERICS)
@@ -151,7 +152,7 @@ def minimum(
         share = task.seconds((task.n - i) * shape[1] - j)
         lower[i, j], x, _ = program.least(rows, share)
         if x is not None:
-            upper[i, j] = task.tried(i, x, np.arange(shape[1])[None] == j)[1]
+            upper[i, j] = np.fmin(np.inf, task.tried(i, x, np.arange(shape[1])[None] == j)[1])
     return Box(lower, upper)
 
 
@@ -176,8 +177,7 @@ class _Task:
         end, mode = time.monotonic() + seconds, uses_float64()
         if not seconds >= 0:
             raise ValueError(f"seconds must be at least 0, got {seconds}")
-        arrays, structure = split(f)
-        if is_traced(arrays, region, prop):
+        if is_traced(f, region, prop):
             raise TypeError("mixed-integer programs are solved on the host: call this outside jit")
         if isinstance(region, L2Ball):
             raise ValueError(
@@ -185,14 +185,16 @@ class _Task:
                 "jaxcert.sets.bounding_box(ball), or use a method that takes L2 balls, as crown"
             )
         with jax.enable_x64(True):
-            arrays, region = ieee_float64((arrays, _one_by_one(checked(region))))
+            region = _one_by_one(checked(region))
         x = region.lower if isinstance(region, Box) else region.x
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        k = output_shape(structure, arrays, jax.ShapeDtypeStruct(x.shape, dtype)).shape[1]
-        model = Traceable(structure, x.shape[1:], dtype, mode, ())
+        x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+        arrays, structure = split(f, x)
+        n, k = output_shape(structure, arrays, x).shape
+        model = Traceable(structure, x.shape[1:], x.dtype, mode, ())
         with jax.enable_x64(True):
-            asked = question(as_float64(region), prop, len(x), k)
-            return cls(model, arrays, model.trace(arrays, 1), asked, len(x), hidden, end)
+            arrays, region = ieee_float64((arrays, as_float64(region)))
+            asked = question(jax.tree.map(np.asarray, region), prop, n, k)
+            return cls(model, arrays, model.trace(arrays, 1), asked, n, hidden, end)
 
     def seconds(self, parts: int = 1) -> float:
         """An equal share of the time left, 0 if there is none."""
@@ -211,30 +213,42 @@ class _Task:
 
     def tried(self, i: int, x: np.ndarray, clauses: np.ndarray) -> tuple[np.ndarray, float]:
         """A point of set i in the input's type, near x, and how far the model is from breaking one
-        of the clauses (c, s) there: in its own arithmetic or in float64, whichever is more."""
-        dtype = self.model.dtype
+        of the clauses (c, s) there; infinite or NaN if that is not known."""
+        asked = jax.tree.map(lambda a: a[i : i + 1], self.asked)
+        asked = dataclasses.replace(asked, clauses=clauses[None])
         with jax.enable_x64(True):
-            asked = jax.tree.map(lambda a: a[i : i + 1], self.asked)
-            asked, region = dataclasses.replace(asked, clauses=clauses[None]), asked.region
-            inside = np.asarray(project(region, jnp.asarray(x).reshape(1, *self.model.shape)))
-            box = isinstance(region, Box)
-            centre = np.asarray(region.lower / 2 + region.upper / 2 if box else region.x)
-            near = inside.astype(dtype)  # rounded towards the centre of a convex set, to stay in it
-            beyond = np.abs(near.astype(np.float64) - centre) > np.abs(inside - centre)
-            near = np.where(beyond, np.nextafter(near, centre.astype(dtype)), near)
-            point = jnp.asarray(near.astype(np.float64))
-            _, shortfall = self.model.tried(self.arrays, asked, point, jnp.array([0]))
-            return near[0], float(shortfall[0]) if contains(region, point)[0] else np.inf
+            x = jnp.asarray(x).reshape(1, *self.model.shape)
+            point, worst = _tried(self.model, self.arrays, asked, x)
+            return np.asarray(point[0]), float(worst[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any, Any]:
+    region = asked.region
+    inside = project(region, x)
+    centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
+    near = inside.astype(model.dtype)  # rounded towards the centre of a convex set, to stay in it
+    beyond = jnp.abs(near.astype(jnp.float64) - centre) > jnp.abs(inside - centre)
+    near = jnp.where(beyond, jnp.nextafter(near, centre.astype(model.dtype)), near)
+    point = near.astype(jnp.float64)
+
+    def far(arrays: Any, x: Any, mode: bool) -> Any:
+        with jax.enable_x64(mode):
+            outputs = model.structure.build(arrays)(x)
+        rows = rows_at(asked, outputs.astype(jnp.float64), jnp.array([0]))
+        return jnp.min(shortfall(rows, asked.clauses), 1)
+
+    worst = jnp.maximum(far(arrays, near, model.mode), far(as_float64(arrays), point, True))
+    return near, jnp.where(contains(region, point), worst, jnp.inf)
 
 
 def _one_by_one(region: InputSet) -> InputSet:
     """The sets with every array spread over the batch."""
     if isinstance(region, Box):
-        return jax.tree.map(jnp.asarray, region)
-    x, valid = jnp.asarray(region.x), region.valid
-    if valid is not None:
-        valid = jax.tree.map(lambda end: jnp.broadcast_to(end, x.shape), valid)
-    return type(region)(x, jnp.broadcast_to(region.eps, x.shape[:1]), valid)
+        return region
+    shape = jnp.shape(region.x)
+    valid = jax.tree.map(lambda end: jnp.broadcast_to(end, shape), region.valid)
+    return type(region)(region.x, jnp.broadcast_to(region.eps, shape[:1]), valid)
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -310,9 +324,7 @@ class Program:
 
     def require(self, values: Linear) -> None:
         """Add the inequalities values >= 0, (r,)."""
-        from scipy.sparse import csr_array
-
-        self._rows.append(csr_array(values.parts.T))
+        self._rows.append(sparse.csr_array(values.parts.T))
 
     def ends(self, z: Linear) -> tuple[np.ndarray, np.ndarray]:
         """The range of values over the ends of their columns."""
@@ -372,24 +384,21 @@ class Program:
     def least(self, rows: Linear, seconds: float) -> tuple[float, Any, bool]:
         """Minimise the largest of some values (r,): the solver's dual bound or -inf, the flat input
         at the best point or None, and whether the time ran out."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array, vstack
-
         if seconds <= 0:
             return -np.inf, None, True
         goal = np.vstack([-rows.wide(self._count), np.ones(rows.parts.shape[1])])
-        blocks = [*self._rows, csr_array(goal.T)]
+        blocks = [*self._rows, sparse.csr_array(goal.T)]
         for some in blocks:
             some.resize(some.shape[0], len(goal))
-        matrix: Any = vstack(blocks)
+        matrix: Any = sparse.vstack(blocks)
         lower, upper, whole = self._all_columns()
         if not all(np.isfinite(a).all() for a in (matrix.data, lower, upper)):
             return -np.inf, None, False
-        found = milp(
+        found = optimize.milp(
             np.eye(len(goal))[-1],  # t comes last
             integrality=np.append(whole, False),
-            bounds=Bounds(np.append(lower, -np.inf), np.append(upper, np.inf)),  # type: ignore
-            constraints=LinearConstraint(matrix, 0, np.inf),
+            bounds=optimize.Bounds(np.append(lower, -np.inf), np.append(upper, np.inf)),  # type: ignore
+            constraints=optimize.LinearConstraint(matrix, 0, np.inf),
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
         bound = found.mip_dual_bound if found.status in (0, 1) else None  # not if it failed
@@ -423,32 +432,36 @@ def encoded(traced: Traced, region: Any, bound: BoundHidden | None) -> tuple[Pro
     return program, outputs if isinstance(outputs, Linear) else Linear(np.asarray(outputs)[None])
 
 
+# With the number 1 among the columns, an affine equation is linear in its terms, the constant ones
+# included, which are multiples of it: its result has as parts its values at their parts.
+
+_PRODUCTS = {"dot_general": exact_products(True), "conv_general_dilated": exact_products(True)}
+_FACTORS = {*_PRODUCTS, "mul", "div"}  # constants in these are factors
+
+
 def _affine(program: Program, walk: Walk, eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """An affine equation: the value at the constant parts, the derivative along all others."""
-    places = [i for i, value in enumerate(values) if isinstance(value, Linear)]
-    if not places:
+    if not any(isinstance(value, Linear) for value in values):
         return eqn.bind(*values)
     narrow = eqn.name.startswith("convert") and not holds_all(eqn.outputs[0].dtype, jnp.float32)
     if narrow or not is_affine(eqn) or eqn.name == "reduce_precision":
         hint = "use bounds.crown, or functions that are piecewise linear, in float32 or float64"
         raise unsupported(eqn, "the mixed-integer encoding", hint)
-    if eqn.name in ("convert_element_type", "stop_gradient", "copy"):
+    if eqn.name == "convert_element_type":
         return list(values)
-    options = exact_products(True) if eqn.name in ("dot_general", "conv_general_dilated") else {}
+    values = values if eqn.name in _FACTORS else [_term(value) for value in values]
+    axes = tuple(0 if isinstance(value, Linear) else None for value in values)
+    count = max(len(value.parts) for value in values if isinstance(value, Linear))
+    padded = -(-count // 64) * 64  # of few different sizes, as each is compiled anew
+    parts = [value.wide(padded) if isinstance(value, Linear) else value for value in values]
+    bind = functools.partial(eqn.bind, **_PRODUCTS.get(eqn.name, {}))
+    found = jax.vmap(bind, axes)(*map(jnp.asarray, parts))
+    return [Linear(np.asarray(out)[:count]) for out in found]
 
-    def f(*xs: Any) -> list[Any]:
-        given = dict(zip(places, xs, strict=True))
-        return eqn.bind(*[given.get(i, value) for i, value in enumerate(values)], **options)
 
-    # In multiples of 64 parts, as each number of them is compiled anew.
-    count = max(len(values[i].parts) for i in places)
-    parts = [jnp.asarray(values[i].wide(-(-count // 64) * 64)) for i in places]
-    offsets, slope = jax.linearize(f, *[part[0] for part in parts])
-    slopes = jax.vmap(slope)(*parts)
-    return [
-        Linear(np.concatenate([np.asarray(offset)[None], np.asarray(s)[1:count]]))
-        for offset, s in zip(offsets, slopes, strict=True)
-    ]
+def _term(value: Any) -> Any:
+    """A constant as a multiple of the number 1, but for indices and choices."""
+    known = not isinstance(value, Linear) and jnp.issubdtype(value.dtype, jnp.floating)
+    return Linear(np.asarray(value)[None]) if known else value
 
 
 def _kink(program: Program, walk: Walk, eqn: Equation, values: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxcert.attacks.gradient import Objective
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
-from jaxcert.sets import Array
+from jaxcert.sets import Array, Box, InputSet, contains, per_example
 from jaxcert.tracing import Traced, trace_float64
 
 
@@ -49,18 +49,30 @@ class Traceable:
 
     def tried(
         self, arrays: Any, question: Question, points: Array, owner: Array
-    ) -> tuple[Array, Array]:
-        """Where the model breaks the property, in its own arithmetic as well as in float64, and how
-        far it is from it at each point, at most 0 where it does; both (p,)."""
-        mine = question.clauses[owner]
+    ) -> tuple[Array, Array, Array]:
+        """Points as close by as the input's type allows, where the model breaks the property there,
+        in its own arithmetic as well as in float64, and how far it is from it, (p,)."""
+        mine = jax.tree.map(lambda a: a[owner], question)
+        if not isinstance(mine.region, Box):  # off the surface, where rounding matters
+            points = mine.region.x + (1 - 2.0**-20) * (points - mine.region.x)
+        rounded = points.astype(self.dtype).astype(points.dtype)
+        fits = per_example(_surely_in(mine.region, rounded), points)
+        points = jnp.where(fits, rounded, points)
 
         def at(arrays: Any, x: Array, mode: bool) -> Array:
             with jax.enable_x64(mode):
                 outputs = self.structure.build(arrays)(x)
-            rows = rows_at(question, outputs.astype(jnp.float64), owner)
-            return jnp.min(shortfall(rows, mine), 1)
+            rows = rows_at(mine, outputs.astype(jnp.float64), jnp.arange(len(x)))
+            return jnp.min(shortfall(rows, mine.clauses), 1)
 
         own = at(arrays, points.astype(self.dtype), self.mode)
-        wide = at(as_float64(arrays), points, True)
-        worst = jnp.maximum(own, wide)
-        return worst <= 0, jnp.where(jnp.isnan(worst), jnp.inf, worst)
+        worst = jnp.maximum(own, at(as_float64(arrays), points, True))
+        broken = (worst <= 0) & _surely_in(mine.region, points)
+        return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
+
+
+def _surely_in(region: InputSet, x: Array) -> Array:
+    """Whether each point lies in its set, rounding of the norm counted."""
+    if not isinstance(region, Box):
+        region = dataclasses.replace(region, eps=region.eps * (1 - 2.0**-36))
+    return contains(region, x)

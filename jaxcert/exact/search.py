@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcert.sets import Array
 
@@ -32,7 +33,7 @@ class Expansion:
     """
 
     children: Any
-    owner: Array
+    owner: Any
     keep: Array
     stuck: Array
     order: Array
@@ -61,13 +62,13 @@ class Stack:
     """
 
     domains: Any
-    owner: Array
-    count: Array
-    visited: Array
-    broken: Array
-    example: Array
+    owner: Any
+    count: Any
+    visited: Any
+    broken: Any
+    example: Any
     leaves: Any
-    leaf_owner: Array
+    leaf_owner: Any
     leaf_count: Array
 
     @property
@@ -76,7 +77,7 @@ class Stack:
         return len(self.owner)
 
 
-def stack(domains: Any, example: Array, capacity: int, leaves: int) -> Stack:
+def stack(domains: Any, example: Any, capacity: int, leaves: int) -> Stack:
     """One sub-domain for each of n questions.
 
     Args:
@@ -85,18 +86,18 @@ def stack(domains: Any, example: Array, capacity: int, leaves: int) -> Stack:
       capacity: at least n.
       leaves: how many of these there is room for.
     """
-    n, zero = len(example), jnp.zeros((), jnp.int32)
+    n = len(example)
 
-    def roomy(a: Array) -> Array:
-        return jnp.zeros((capacity, *a.shape[1:]), a.dtype).at[:n].set(a)
+    def roomy(a: Any) -> np.ndarray:  # in numpy: small programs would be compiled in each process
+        return np.concatenate([a, np.zeros((capacity - n, *a.shape[1:]), a.dtype)])
 
-    def empty(a: Array) -> Array:
-        return jnp.zeros((leaves, *a.shape[1:]), a.dtype)
+    def empty(a: Any) -> np.ndarray:
+        return np.zeros((leaves, *a.shape[1:]), a.dtype)
 
-    owner = jnp.arange(n, dtype=jnp.int32)
+    owner, zero = np.arange(n, dtype=np.int32), np.int32(0)
     return Stack(
-        jax.tree.map(roomy, domains), roomy(owner), jnp.asarray(n, jnp.int32), zero,
-        jnp.zeros(n, bool), example, jax.tree.map(empty, domains), empty(owner), zero,
+        jax.tree.map(roomy, domains), roomy(owner), np.int32(n), zero,
+        np.zeros(n, bool), example, jax.tree.map(empty, domains), empty(owner), zero,
     )  # fmt: skip
 
 

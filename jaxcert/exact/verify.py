@@ -132,9 +132,9 @@ class Outcome:
         return self.status == Status.UNKNOWN
 
     def falsify(self, broken: Any, example: Any) -> None:
-        """Enter counterexamples, bool (n,) and (n, *input)."""
+        """Enter counterexamples, bool (n,) and (n, *input) or one (1, *input)."""
         new = np.asarray(broken) & self.open
-        self.example[new] = np.asarray(example)[new]
+        self.example[new] = np.broadcast_to(example, self.example.shape)[new]
         self.status[new], self.reason[new] = Status.FALSIFIED, Reason.NONE
 
     def settle(self, which: Any, status: Status, reason: Reason = Reason.NONE) -> None:
@@ -245,7 +245,7 @@ class _Search:
         """Branch and bound on boxes of the varying inputs."""
         places = inputs.Places(self.model.shape, varying)
         box = inputs.box_of(self.asked.region, True)
-        start = inputs.Boxes(places.pick(box.lower), places.pick(box.upper))
+        start = inputs.Boxes(*[places.pick(np.asarray(end)) for end in (box.lower, box.upper)])
         here = np.flatnonzero(self.outcome.open)
         k = 32
 
@@ -328,7 +328,8 @@ class _Search:
         """
         n = len(owner)
         pool = _Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
-        steps, blocks, stuck = 1, 0, np.zeros(len(self.outcome.status), bool)
+        steps, stuck = 1, np.zeros(len(self.outcome.status), bool)
+        next_attack = self.clock.seconds + 1.0
         while True:
             began = time.perf_counter()
             before = int(pool.stack.visited)
@@ -354,10 +355,14 @@ class _Search:
                 self.outcome.settle(unproved, Status.UNKNOWN, over)
                 return
             pool.drop(owner, self.outcome.open)
-            took, blocks = time.perf_counter() - began, blocks + 1
+            took = time.perf_counter() - began
             steps = min(2 * steps, 64) if took < 0.3 else max(1, int(steps * 0.5 / took))
-            if blocks & (blocks - 1) == 0 and blocks >= 4:
+            if self.clock.seconds > next_attack:
+                began = self.clock.seconds
                 self.attack(restarts=512, steps=60)
+                # At most a tenth of the time goes into attacks, ever more rarely.
+                next_attack = self.clock.seconds + 10 * (self.clock.seconds - began)
+                next_attack = max(next_attack, 1.5 * self.clock.seconds)
 
     def _leaf(self, settle, leaf: Any, question: int, owner: np.ndarray) -> bool:
         """Whether a leaf is settled."""
@@ -377,14 +382,12 @@ class _Pool:
     def __init__(self, start, places, n: int, k: int, shape, memory: int):
         size = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in jax.tree.leaves(start))
         capacity = max(4 * k + n, min(2**14, memory // max(1, 4 * size)))
-        stack = search.stack(start, jnp.zeros((n, *shape)), capacity, 8 * k)
+        start = jax.tree.map(np.asarray, start)
+        stack = search.stack(start, np.zeros((n, *shape)), capacity, 8 * k)
         m = len(places)
         order = np.concatenate([places, np.zeros(capacity - m, np.int64)])
-        domains = jax.tree.map(lambda a: a[order], stack.domains)
-        owner = stack.owner[order]
-        self.stack = dataclasses.replace(
-            stack, domains=domains, owner=owner, count=jnp.asarray(m, jnp.int32)
-        )
+        domains, owner = jax.tree.map(lambda a: a[order], (stack.domains, stack.owner))
+        self.stack = dataclasses.replace(stack, domains=domains, owner=owner, count=np.int32(m))
         self.k, self._size, self._memory = k, size, memory
         self._spilled: list[Any] = []
 
@@ -402,7 +405,7 @@ class _Pool:
                 jax.tree.map(lambda a, i=i: a[i : i + 1], self.stack.leaves),
                 int(self.stack.leaf_owner[i]),
             )
-        self.stack = dataclasses.replace(self.stack, leaf_count=jnp.zeros((), jnp.int32))
+        self.stack = dataclasses.replace(self.stack, leaf_count=np.int32(0))
 
     def make_room(self) -> Reason | None:
         """Move the lower half of a full stack to the host, or bring sub-domains back to an empty
@@ -431,14 +434,15 @@ class _Pool:
         self._spilled = kept
 
     def _replace(self, domains: Any, owner: np.ndarray) -> None:
-        def filled(old: Array, new: np.ndarray) -> Array:
-            return jnp.zeros(old.shape, old.dtype).at[: len(new)].set(new)
+        def filled(old: Array, new: np.ndarray) -> np.ndarray:
+            rest = np.zeros((len(old) - len(new), *new.shape[1:]), new.dtype)
+            return np.concatenate([new, rest])
 
         self.stack = dataclasses.replace(
             self.stack,
             domains=jax.tree.map(filled, self.stack.domains, domains),
             owner=filled(self.stack.owner, owner),
-            count=jnp.asarray(len(owner), jnp.int32),
+            count=np.int32(len(owner)),
         )
 
 
@@ -489,7 +493,7 @@ def _attacked(model: Traceable, restarts: int, steps: int, arrays: Any, asked: Q
     dealt = dataclasses.replace(mine, clauses=mine.clauses & only[..., None])
     start = gradient.uniform(key, mine.region)
     points, _ = gradient.descend(model.objective(arrays, dealt), mine.region, start, steps=steps)
-    broken, _ = model.tried(arrays, asked, points, place)
+    points, broken, _ = model.tried(arrays, asked, points, place)
     broken = broken.reshape(restarts, n)
     first = inputs.first(broken.T.astype(jnp.int32))
     points = points.reshape(restarts, n, *model.shape)
