@@ -5,6 +5,7 @@
 
 from jaxcert import bounds as bounds
 from jaxcert import evaluate as evaluate
+from jaxcert import exact as exact
 from jaxcert import lipschitz as lipschitz
 from jaxcert import smoothing as smoothing
 from jaxcert.certificate import ABSTAIN as ABSTAIN

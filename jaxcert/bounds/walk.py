@@ -220,8 +220,8 @@ class Walk:
         self.planes[x] = dataclasses.replace(before, below=None, above=None)
 
     def from_centre(self, v: Var, form: Form, values: Array) -> Array:
-        """Lower bounds (2 r, b) of rows on v and, if mirrored, of their negatives, given those of the
-        rows on distances from v's centre."""
+        """Lower bounds (r, b) of rows on v, from those of the rows on distances from v's centre; of
+        mirrored rows and then of their negatives, (2 r, b)."""
         if v not in self.centres:
             return values
         values = rounding.widen(Box(values, values), rounding.ARITHMETIC).lower

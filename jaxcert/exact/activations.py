@@ -186,8 +186,9 @@ class Pass:
     def _held(self, v: Var, m: Array, rows: Array) -> tuple[Array, Array]:
         """The rows with multipliers for the range of v added, and what the range's ends add.
 
-        In terms of distances from the centre c, if there is one: m (z - c) - m (u - c). The sum of coefficients errs
-        by half a unit of its size, each time |z - c|; the products by a few units of float64.
+        In terms of distances from the centre c, if there is one: m (z - c) - m (u - c). The sum of
+        coefficients errs by half a unit of its size, each time |z - c|; the products by a few units
+        of float64.
         """
         walk = self.walk
         box, centre = walk.boxes[v], walk.centres.get(v, jnp.zeros(()))

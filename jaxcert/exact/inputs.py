@@ -1,12 +1,12 @@
 """Branching on the input: boxes of inputs, cut in two until each part is decided.
 
-For models of few inputs. One step bounds a batch of boxes by linear functions below every row of the
-question, and with them
+For models of few inputs. One step bounds a batch of boxes by linear functions below every row of
+the question, and with them
 
 - refutes boxes: one row of each clause is positive everywhere;
-- contracts the others: where all rows of some clause are at most 0, each of the functions below them
-  is, too, which cuts off parts of the box (Brix et al., "Clip-and-verify", NeurIPS 2025, do it for
-  hidden values as well);
+- contracts the others: where all rows of some clause are at most 0, each of the functions below
+  them is, too, which cuts off parts of the box (interval constraint propagation on linear
+  relaxations, known as "Clip-and-Verify" in alpha,beta-CROWN);
 - halves what is left along the input that is to blame for most of the gap between the functions and
   the row;
 - tries the model at a corner and at the centre of each box.
@@ -217,6 +217,8 @@ def blame(walk: Walk, spec: Spec, row: Array, places: Places) -> Array:
         (x,) = plane.operands
         box = walk.boxes[x]
         middle = box.lower / 2 + box.upper / 2
+        assert plane.above is not None
+        assert plane.below is not None
         gap = (plane.upper - plane.lower) * middle + (plane.above - plane.below)
         gap = jnp.abs(met[v][0]) * jnp.maximum(jnp.where(jnp.isfinite(gap), gap, 0), 0)
         share = moved[x] / jnp.maximum(jnp.sum(moved[x], 0), 2.0**-60)

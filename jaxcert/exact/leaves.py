@@ -1,11 +1,12 @@
 """Sub-domains with nothing left to split: a linear program, whose duals make a proof.
 
-Where the sign of every kink is decided, the model is affine in the input, and whether a clause holds
-there is a linear program: the least t >= row_i(x) with x in the box and each hidden value that was
-cut in its range. A sub-domain may be empty, so ranges may be left at a price, which bounds the
-duals: minimise t + p s with every hidden value at most s outside of its range. HiGHS solves it to a tolerance of 1e-7, so its answer decides nothing: its duals
-become the multipliers of the linear bound (`activations.py`), which is evaluated with rounding
-counted, and its minimiser is tried as a counterexample.
+Where the sign of every kink is decided, the model is affine in the input, and whether a clause
+holds there is a linear program: the least t >= row_i(x) with x in the box and each hidden value
+that was cut in its range. A sub-domain may be empty, so ranges may be left at a price, which bounds
+the duals: minimise t + p s with every hidden value at most s outside of its range. HiGHS solves
+this to a tolerance of 1e-7, so its answer decides nothing: its duals become the multipliers of the
+linear bound (`activations.py`), which is evaluated with rounding counted, and its minimiser is
+tried as a counterexample.
 """
 
 import functools
@@ -37,7 +38,7 @@ def settled(
     if not isinstance(question.region, Box | LinfBall):
         return False, False, np.zeros(model.shape)
     values = _affine(model, arrays, question, domain)
-    found = _solved(*jax.tree.map(np.asarray, values), question, domain)
+    found = _solved(tuple(np.asarray(value) for value in values), question, domain)
     if found is None:
         return False, False, np.zeros(model.shape)
     multipliers, point = found
@@ -75,14 +76,10 @@ def _affine(
 
 
 def _solved(
-    matrix: np.ndarray,
-    offset: np.ndarray,
-    outputs: np.ndarray,
-    constant: np.ndarray,
-    question: Question,
-    domain: Domains,
+    affine: tuple[np.ndarray, ...], question: Question, domain: Domains
 ) -> tuple[Multipliers, np.ndarray] | None:
     """Multipliers from the duals of the linear program, and its minimiser (d,)."""
+    matrix, offset, outputs, constant = affine
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
 

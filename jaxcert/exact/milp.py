@@ -2,8 +2,7 @@
 
 The least value of a row over a set, up to the solver's tolerances (Tjeng, Xiao, Tedrake,
 "Evaluating robustness of neural networks with mixed integer programming", ICLR 2019), for small
-models: up to some hundreds of hidden values of unsure sign. It shares neither lines nor branching
-with the other methods, and so checks them.
+models: up to some hundreds of hidden values of unsure sign.
 
 A value of the model is a linear function of a program's columns: the number 1, the inputs, and for
 each kink two more, its result y and a binary d. Affine equations are followed exactly, so that what
@@ -77,18 +76,16 @@ def verify(
 
     Raises:
       ValueError, TypeError: an `L2Ball`, wrong shapes or dtypes, a call under jit.
-      UnsupportedEquation: an equation is not piecewise linear, or casts to less than float32.
-      MixedRows: an example's output depends on other examples.
+      UnsupportedEquation, MixedRows: an equation is not piecewise linear, or casts to less than
+        float32; an example's output depends on other examples.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxcert import LinfBall, margins
-      >>> weights = jnp.array([[1.0, -1.0], [0.0, 1.0]])
-      >>> x = jnp.array([[1.0, 0.0], [0.5, 0.5]])
-      >>> f = lambda x: jnp.maximum(x @ weights, 0)
-      >>> verdict = verify(f, LinfBall(x, 0.25), margins(jnp.array([0, 0]), 2))
-      >>> print(verdict.status, verdict.counterexample[1])
-      [1 2] [0.25 0.75]
+      >>> from jaxcert import LinfBall, Spec
+      >>> ball = LinfBall(jnp.array([[0.2], [0.6]]), 0.5)
+      >>> verdict = verify(lambda x: jnp.abs(x - 0.1), ball, Spec(jnp.eye(1), -0.05))
+      >>> print(verdict.status, abs(verdict.counterexample[0] - 0.1) < 0.05)
+      [2 2] [ True]
     """
     task = _Task.of(f, region, spec, seconds, hidden)
     answers = [_decided(task, i) for i in range(task.n)]
@@ -107,15 +104,14 @@ def _decided(task: "_Task", i: int) -> tuple[Status, Reason, np.ndarray]:
         rows = outputs.mapped(task.asked.matrix[i, clause], task.asked.offset[i, clause])
         share = task.seconds((task.n - i) * len(clauses) - j)
         bound, x, out_of_time = program.least(rows, share)
-        if x is not None:
-            point, worst = task.tried(i, x, clauses)
-            if worst <= 0:
-                return Status.FALSIFIED, Reason.NONE, point
+        point, worst = (blank, np.inf) if x is None else task.tried(i, x, clauses)
+        if worst <= 0:
+            return Status.FALSIFIED, Reason.NONE, point
         if not bound > TOLERANCE:
             reasons.add(Reason.TIME if out_of_time else Reason.NUMERICS)
-    if not reasons:
-        return Status.VERIFIED, Reason.NONE, blank
-    return Status.UNKNOWN, Reason.TIME if Reason.TIME in reasons else Reason.NUMERICS, blank
+    if reasons:
+        return Status.UNKNOWN, min(reasons), blank  # TIME comes first
+    return Status.VERIFIED, Reason.NONE, blank
 
 
 def minimum(
@@ -127,8 +123,8 @@ def minimum(
     The upper one is attained at a point of the set in the input's own type, in the caller's
     arithmetic or in float64, whichever is larger. They meet up to rounding unless time runs out.
 
-    Arguments and errors as for `verify`, but the spec must be a plain `Spec`. The result is a `Box`
-    of numpy's float64, (b, s); an end that was not found is infinite.
+    Arguments and errors as for `verify`, but the spec is a plain `Spec`. Returns a `Box` (b, s) of
+    numpy's float64; an end that was not found is infinite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,10 +145,9 @@ def minimum(
         if j == 0:
             program, outputs = task.encoded(i)
         rows = outputs.mapped(task.asked.matrix[i, [j]], task.asked.offset[i, [j]])
-        share = task.seconds((task.n - i) * shape[1] - j)
-        lower[i, j], x, _ = program.least(rows, share)
+        lower[i, j], x, _ = program.least(rows, task.seconds((task.n - i) * shape[1] - j))
         if x is not None:
-            upper[i, j] = np.fmin(np.inf, task.tried(i, x, np.arange(shape[1])[None] == j)[1])
+            upper[i, j] = task.tried(i, x, np.arange(shape[1])[None] == j)[1]
     return Box(lower, upper)
 
 
@@ -181,8 +176,8 @@ class _Task:
             raise TypeError("mixed-integer programs are solved on the host: call this outside jit")
         if isinstance(region, L2Ball):
             raise ValueError(
-                "an L2Ball is no linear constraint: pass a Box, LinfBall or L1Ball, such as "
-                "jaxcert.sets.bounding_box(ball), or use a method that takes L2 balls, as crown"
+                "an L2Ball is no linear constraint: use exact.verify, or pass a Box, LinfBall or "
+                "L1Ball, such as jaxcert.sets.bounding_box(ball)"
             )
         with jax.enable_x64(True):
             region = _one_by_one(checked(region))
@@ -213,13 +208,13 @@ class _Task:
 
     def tried(self, i: int, x: np.ndarray, clauses: np.ndarray) -> tuple[np.ndarray, float]:
         """A point of set i in the input's type, near x, and how far the model is from breaking one
-        of the clauses (c, s) there; infinite or NaN if that is not known."""
+        of the clauses (c, s) there, infinite if that is not known."""
         asked = jax.tree.map(lambda a: a[i : i + 1], self.asked)
         asked = dataclasses.replace(asked, clauses=clauses[None])
         with jax.enable_x64(True):
-            x = jnp.asarray(x).reshape(1, *self.model.shape)
-            point, worst = _tried(self.model, self.arrays, asked, x)
-            return np.asarray(point[0]), float(worst[0])
+            start = x.reshape(1, *self.model.shape)
+            point, worst = _tried(self.model, self.arrays, asked, start)
+        return np.asarray(point)[0], float(worst[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -239,7 +234,7 @@ def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any,
         return jnp.min(shortfall(rows, asked.clauses), 1)
 
     worst = jnp.maximum(far(arrays, near, model.mode), far(as_float64(arrays), point, True))
-    return near, jnp.where(contains(region, point), worst, jnp.inf)
+    return near, jnp.where(contains(region, point) & (worst <= jnp.inf), worst, jnp.inf)
 
 
 def _one_by_one(region: InputSet) -> InputSet:
@@ -300,24 +295,19 @@ class Program:
     """
 
     def __init__(self, box: Box):
-        self._columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._columns: list[list[np.ndarray]] = []
         self._rows: list[Any] = []
         self._count = 0
-        self.columns(np.ones(1), np.ones(1), whole=True)
+        self.columns(1, 1.0, 1.0, whole=True)
         lower, upper = np.asarray(box.lower), np.asarray(box.upper)
-        flat = self.columns(lower.ravel(), upper.ravel())
-        self.input = Linear(flat.parts.reshape(-1, *lower.shape))
+        parts = self.columns(lower.size, lower.ravel(), upper.ravel()).parts
+        self.input = Linear(parts.reshape(-1, *lower.shape))
 
-    def columns(self, lower: np.ndarray, upper: np.ndarray, whole: bool = False) -> Linear:
-        """New columns with these ends, (n,)."""
-        n = len(lower)
-        self._columns.append((lower, upper, np.full(n, whole)))
+    def columns(self, n: int, lower: Any, upper: Any, whole: bool = False) -> Linear:
+        """New columns with these ends, (n,), integers or not."""
+        self._columns.append([np.full(n, part) for part in (lower, upper, whole)])
         self._count += n
         return Linear(np.eye(self._count, n, n - self._count))
-
-    def binaries(self, n: int) -> Linear:
-        """New columns that are 0 or 1, (n,)."""
-        return self.columns(np.zeros(n), np.ones(n), whole=True)
 
     def _all_columns(self) -> list[np.ndarray]:
         return [np.concatenate(parts) for parts in zip(*self._columns, strict=True)]
@@ -336,7 +326,7 @@ class Program:
     def keep_near(self, centre: np.ndarray, eps: float) -> None:
         """The input is within eps of a centre in L1: sum_i e_i <= eps for an e >= |x - centre|."""
         x = Linear(self.input.parts.reshape(len(self.input.parts), -1)) - centre.ravel()
-        e = self.columns(np.zeros(centre.size), np.full(centre.size, eps))
+        e = self.columns(centre.size, 0.0, eps)
         self.require(e - x)
         self.require(e + x)
         self.require(-e.mapped(np.ones((1, centre.size)), np.array([-eps])))
@@ -346,7 +336,7 @@ class Program:
         active = lower >= 0
         unsure = ~active & ~(upper <= 0)
         x, l, u = z[unsure], lower[unsure], upper[unsure]
-        y, d = self.columns(np.zeros(len(u)), u), self.binaries(len(u))
+        y, d = self.columns(len(u), 0.0, u), self.columns(len(u), 0.0, 1.0, whole=True)
         self.require(y - x)
         self.require(d * u - y)
         self.require(x - l + d * l - y)
@@ -363,16 +353,17 @@ class Program:
         rivals[groups, first] = True
         several = np.sum(rivals, 1) > 1
         top = np.where(rivals, upper, -np.inf)
-        y = self.columns(least[several], np.max(top, 1)[several])
+        y = self.columns(several.sum(), least[several], np.max(top, 1)[several])
         group, entry = np.nonzero(rivals & several[:, None])
         owner = (np.cumsum(several) - 1)[group]
         others = top[group]
         others[np.arange(len(group)), entry] = -np.inf
         gap = np.max(others, 1) - lower[group, entry]
-        x, d, mine = z[group, entry], self.binaries(len(group)), y[owner]
+        d = self.columns(len(group), 0.0, 1.0, whole=True)
+        x, mine = z[group, entry], y[owner]
         self.require(mine - x)
         self.require(x + gap - d * gap - mine)
-        self.require(d.mapped(np.equal.outer(np.arange(len(y.parts[0])), owner), np.array(-1.0)))
+        self.require(d.mapped(np.equal.outer(np.arange(several.sum()), owner), np.array(-1.0)))
         return self._replaced(z[groups, first], several, y)
 
     def _replaced(self, values: Linear, where: np.ndarray, new: Linear) -> Linear:
@@ -384,8 +375,6 @@ class Program:
     def least(self, rows: Linear, seconds: float) -> tuple[float, Any, bool]:
         """Minimise the largest of some values (r,): the solver's dual bound or -inf, the flat input
         at the best point or None, and whether the time ran out."""
-        if seconds <= 0:
-            return -np.inf, None, True
         goal = np.vstack([-rows.wide(self._count), np.ones(rows.parts.shape[1])])
         blocks = [*self._rows, sparse.csr_array(goal.T)]
         for some in blocks:
@@ -468,9 +457,8 @@ def _kink(program: Program, walk: Walk, eqn: Equation, values: Sequence[Any]) ->
     """A function with a kink, of one operand that depends on the input."""
     (place,) = (i for i, value in enumerate(values) if isinstance(value, Linear))
     lower, upper = program.ends(values[place])
-    box = walk.boxes.get(eqn.inputs[place])  # type: ignore[arg-type]
-    if box is not None:
-        lower, upper = np.fmax(lower, box.lower), np.fmin(upper, box.upper)
+    box = walk.boxes.get(eqn.inputs[place], Box(lower, upper))  # type: ignore[arg-type]
+    lower, upper = np.fmax(lower, box.lower), np.fmin(upper, box.upper)
     constants = [np.asarray(value) for i, value in enumerate(values) if i != place]
     return [_KINKS[eqn.name](program, eqn, values[place], lower, upper, *constants)]
 

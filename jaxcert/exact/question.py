@@ -1,8 +1,8 @@
 """The property to decide in the form that a search works with.
 
 Every property is a conjunction of clauses, each of which says that at each point of the set at
-least one of its rows is positive. A point breaks the property if and only if all rows of some clause
-are at most 0 there.
+least one of its rows is positive. A point breaks the property if and only if all rows of some
+clause are at most 0 there.
 """
 
 import dataclasses

@@ -69,7 +69,7 @@ class Stack:
     example: Any
     leaves: Any
     leaf_owner: Any
-    leaf_count: Array
+    leaf_count: Any
 
     @property
     def capacity(self) -> int:

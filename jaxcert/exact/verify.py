@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ from jaxcert.bounds.planes import PLANES
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact import activations, inputs, leaves, search
 from jaxcert.exact.model import Traceable
+from jaxcert.exact.pool import Pool
 from jaxcert.exact.question import Question, question
 from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, as_float64, output_shape, split, uses_float64
@@ -195,7 +196,7 @@ def decide(
         none = np.zeros(n, np.int32)
         outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
         search = _Search(model, arrays, asked, outcome, clock, key)
-        search.attack(restarts=64, steps=30)
+        search.attack()
         varying = search.varying()
         few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
         if math.prod(shape) <= FEW_INPUTS:  # then one program serves all properties
@@ -224,13 +225,18 @@ class _Search:
         self.model, self.arrays, self.asked = model, arrays, asked
         self.outcome, self.clock, self.key = outcome, clock, key
 
-    def attack(self, restarts: int, steps: int) -> None:
-        """Gradient descent from many points of each set that is still open."""
-        self.key, now = jax.random.split(self.key)
-        broken, example = _attacked(
-            self.model, restarts, steps, self.arrays, self.asked, jax.random.key_data(now)
-        )
-        self.outcome.falsify(broken, example)
+    def attack(self, rounds: int = 1) -> None:
+        """Gradient descent from some points of each set, in rounds, which may take a twentieth of
+        the time so far; the first one is not counted."""
+        began = self.clock.seconds
+        for _ in range(rounds):
+            self.key, now = jax.random.split(self.key)
+            broken, example = _attacked(
+                self.model, RESTARTS, self.arrays, self.asked, jax.random.key_data(now)
+            )
+            self.outcome.falsify(broken, example)
+            if not self.outcome.open.any() or self.clock.seconds > 1.05 * began:
+                return
 
     def varying(self) -> tuple[int, ...]:
         """The inputs that vary in any of the sets."""
@@ -271,7 +277,7 @@ class _Search:
             self._settle_proved(here, waiting)
             if not self.outcome.open.any() or self.clock.over(self.outcome):
                 return
-            self.attack(restarts=128, steps=60)
+            self.attack(rounds=8)
         left = np.flatnonzero(waiting & self.outcome.open[here])
         if len(left) == 0:
             return
@@ -327,9 +333,9 @@ class _Search:
           owner: the set that each question is about, (n,).
         """
         n = len(owner)
-        pool = _Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
+        pool = Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
         steps, stuck = 1, np.zeros(len(self.outcome.status), bool)
-        next_attack = self.clock.seconds + 1.0
+        next_attack = self.clock.seconds + 0.5
         while True:
             began = time.perf_counter()
             before = int(pool.stack.visited)
@@ -358,11 +364,8 @@ class _Search:
             took = time.perf_counter() - began
             steps = min(2 * steps, 64) if took < 0.3 else max(1, int(steps * 0.5 / took))
             if self.clock.seconds > next_attack:
-                began = self.clock.seconds
-                self.attack(restarts=512, steps=60)
-                # At most a tenth of the time goes into attacks, ever more rarely.
-                next_attack = self.clock.seconds + 10 * (self.clock.seconds - began)
-                next_attack = max(next_attack, 1.5 * self.clock.seconds)
+                self.attack(rounds=32)
+                next_attack = 1.5 * self.clock.seconds
 
     def _leaf(self, settle, leaf: Any, question: int, owner: np.ndarray) -> bool:
         """Whether a leaf is settled."""
@@ -374,76 +377,6 @@ class _Search:
                 np.arange(len(self.outcome.status)) == owner[question], example[None]
             )
         return proved or broken
-
-
-class _Pool:
-    """A stack on the device with more room on the host."""
-
-    def __init__(self, start, places, n: int, k: int, shape, memory: int):
-        size = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in jax.tree.leaves(start))
-        capacity = max(4 * k + n, min(2**14, memory // max(1, 4 * size)))
-        start = jax.tree.map(np.asarray, start)
-        stack = search.stack(start, np.zeros((n, *shape)), capacity, 8 * k)
-        m = len(places)
-        order = np.concatenate([places, np.zeros(capacity - m, np.int64)])
-        domains, owner = jax.tree.map(lambda a: a[order], (stack.domains, stack.owner))
-        self.stack = dataclasses.replace(stack, domains=domains, owner=owner, count=np.int32(m))
-        self.k, self._size, self._memory = k, size, memory
-        self._spilled: list[Any] = []
-
-    def waiting(self) -> dict[int, int]:
-        """How many sub-domains wait, by question."""
-        owners = [np.asarray(self.stack.owner)[: int(self.stack.count)]]
-        owners += [owner for _, owner in self._spilled]
-        found, counts = np.unique(np.concatenate(owners), return_counts=True)
-        return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-    def take_leaves(self) -> Iterator[tuple[Any, int]]:
-        """The leaves, each with a leading axis of 1, and their questions."""
-        for i in range(int(self.stack.leaf_count)):
-            yield (
-                jax.tree.map(lambda a, i=i: a[i : i + 1], self.stack.leaves),
-                int(self.stack.leaf_owner[i]),
-            )
-        self.stack = dataclasses.replace(self.stack, leaf_count=np.int32(0))
-
-    def make_room(self) -> Reason | None:
-        """Move the lower half of a full stack to the host, or bring sub-domains back to an empty
-        one; MEMORY if there is no more room anywhere."""
-        count, capacity = int(self.stack.count), self.stack.capacity
-        if count == 0 and self._spilled:
-            domains, owner = self._spilled.pop()
-            self._replace(domains, owner)
-        elif count + self.k > capacity:
-            half = count // 2
-            kept = sum(len(owner) for _, owner in self._spilled)
-            if (kept + half + capacity) * self._size > self._memory:
-                return Reason.MEMORY
-            state = jax.tree.map(np.asarray, (self.stack.domains, self.stack.owner))
-            self._spilled.append(jax.tree.map(lambda a: a[:half].copy(), state))
-            self._replace(*jax.tree.map(lambda a: a[half:count], state))
-        return None
-
-    def drop(self, owner: np.ndarray, still_open: np.ndarray) -> None:
-        """Forget the sub-domains on the host whose sets have their answer."""
-        kept = []
-        for domains, mine in self._spilled:
-            use = still_open[owner[mine]]
-            if use.any():
-                kept.append(jax.tree.map(lambda a, use=use: a[use], (domains, mine)))
-        self._spilled = kept
-
-    def _replace(self, domains: Any, owner: np.ndarray) -> None:
-        def filled(old: Array, new: np.ndarray) -> np.ndarray:
-            rest = np.zeros((len(old) - len(new), *new.shape[1:]), new.dtype)
-            return np.concatenate([new, rest])
-
-        self.stack = dataclasses.replace(
-            self.stack,
-            domains=jax.tree.map(filled, self.stack.domains, domains),
-            owner=filled(self.stack.owner, owner),
-            count=np.int32(len(owner)),
-        )
 
 
 def _rounded(n: int) -> int:
@@ -479,8 +412,11 @@ def _each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Quest
 # --- Compiled parts -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _attacked(model: Traceable, restarts: int, steps: int, arrays: Any, asked: Question, key: Any):
+RESTARTS = 64
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attacked(model: Traceable, restarts: int, arrays: Any, asked: Question, key: Any):
     """Which questions an attack answers, (n,), and by which points."""
     n = asked.clauses.shape[0]
     key = jax.random.wrap_key_data(key)
@@ -492,7 +428,7 @@ def _attacked(model: Traceable, restarts: int, steps: int, arrays: Any, asked: Q
     only = jnp.arange(mine.clauses.shape[1]) == target[:, None]
     dealt = dataclasses.replace(mine, clauses=mine.clauses & only[..., None])
     start = gradient.uniform(key, mine.region)
-    points, _ = gradient.descend(model.objective(arrays, dealt), mine.region, start, steps=steps)
+    points, _ = gradient.descend(model.objective(arrays, dealt), mine.region, start, steps=40)
     points, broken, _ = model.tried(arrays, asked, points, place)
     broken = broken.reshape(restarts, n)
     first = inputs.first(broken.T.astype(jnp.int32))

@@ -1,5 +1,7 @@
 """One architecture for the tests of the search, so that each of its programs compiles once."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def apply(weights, x):
 def random_weights(seed):
     """Layers of `SIZES` in float32."""
     rng = np.random.default_rng(seed)
-    pairs = zip(SIZES, SIZES[1:], strict=False)
+    pairs = itertools.pairwise(SIZES)
     return [(rng.normal(size=(n, m)).astype("f"), rng.normal(size=m).astype("f")) for n, m in pairs]
 
 

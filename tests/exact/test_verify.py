@@ -73,7 +73,7 @@ def test_all_rows_must_hold():
 @pytest.mark.parametrize("split_inputs", [True, False])
 @pytest.mark.parametrize("ball", [L2Ball, L1Ball, LinfBall])
 def test_balls_are_decided_around_their_least_value(ball, split_inputs):
-    """f = |x_0| + |x_1| + x_0 has its least value over a ball around (1, 1) where a bound is dual."""
+    """f = |x_0| + |x_1| + x_0 over balls around (1, 1)."""
     x = jnp.ones((1, 2))
     least = {L2Ball: 3 - np.sqrt(5) / 2, L1Ball: 2.0, LinfBall: 1.5}[ball]
     spec = functools.partial(Spec, jnp.ones((1, 1)))
