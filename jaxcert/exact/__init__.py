@@ -1,5 +1,8 @@
 """Exact verification: complete search for a proof or a counterexample."""
 
+from jaxcert.exact.certify import Distance as Distance
+from jaxcert.exact.certify import certify as certify
+from jaxcert.exact.certify import distance as distance
 from jaxcert.exact.verify import Budget as Budget
 from jaxcert.exact.verify import Progress as Progress
 from jaxcert.exact.verify import verify as verify

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxcert.exact.enclosures import Bounds
 
@@ -146,6 +145,8 @@ class Ascent:
         steps: Any,
     ) -> tuple[Hints, Array, Array]:  # fmt: skip
         """Adam, with multipliers in units of the coefficients of their kinks."""
+        import optax  # here, because it takes longer to load than all the rest
+
         _, matrix, seen = self._below(arrays, start, rows, where, sign, hints)
         seen = [abs(seen[:, part]) for part in self.parts]
         unit = [jnp.broadcast_to(jnp.max(a, 1, keepdims=True), a.shape) for a in seen]

@@ -34,7 +34,7 @@ upper bounds of these entries of the kink's operand, NaN where they are adaptive
 #                       convex y - c z is at most t, the larger one of its values at l and u,
 #     l <= z <= u:      row >= row + p (l - z) + q (z - u)  for any multipliers p, q >= 0,
 #
-# and at the input A x is least at a corner of the box. (This is CROWN and beta-CROWN, whose c is the
+# and at the input A x is least at a corner of the box. (This is CROWN and beta-CROWN; c is the
 # slope of the chord from l to u.)
 #
 # A sum of n products in float64 errs in any order by at most gamma_n times the sum of their sizes,
@@ -75,7 +75,7 @@ class Bounds:
     def __init__(self, net: Net, exact: bool = False):
         self.net, self.exact = net, exact
         self.steps = [s and s.converted(self.number) for s in net.steps]
-        terms = max(*net.sizes, *(step.terms for step in net.steps if step))
+        terms = max([*net.sizes, *(step.terms for step in net.steps if step)])
         self.gamma = 0.0 if exact else 2 * (terms + len(net.steps) + 64) * 2.0**-53
         sizes = [net.sizes[y] for y in net.kinks]
         self.parts = [slice(end - n, end) for n, end in zip(sizes, np.cumsum(sizes), strict=True)]
@@ -136,7 +136,8 @@ class Bounds:
             radius = radius + weight.size.apply(reach)
             size = size + weight.size.apply(abs(middle) + reach)
         error = radius + (0 if self.exact else self.gamma * size)
-        return *self._outward(centre - error, centre + error), size.astype(np.float64)
+        size = np.zeros(centre.shape) if self.exact else size
+        return *self._outward(centre - error, centre + error), size
 
     def _refine(self, known: Domain, v: int, slopes: Slopes | None) -> None:
         """Linear bounds of those entries of a kink's operand v whose interval holds the kink."""
@@ -144,9 +145,10 @@ class Bounds:
         kink = next(k for k, y in enumerate(self.net.kinks) if self.net.operand(y) == v)
         crosses = (low < 0) & (high > 0)
         index = np.flatnonzero(crosses.any(0))
-        for some in np.split(index, range(ROWS, len(index), ROWS)):
+        for start in range(0, len(index), ROWS):
+            some = index[start : start + ROWS]
             m = len(some)
-            given = slopes(kink, some, known) if slopes and m else None
+            given = slopes(kink, some, known) if slopes else None
             given = np.full((2 * m, self.entries), np.nan) if given is None else given
             rows = np.zeros((2 * m, low.shape[1]))
             rows[range(m), some], rows[range(m, 2 * m), some] = 1, -1

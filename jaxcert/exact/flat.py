@@ -22,6 +22,8 @@ Array: TypeAlias = Any
 
 MOST_ENTRIES = 2**27  # of one matrix
 
+ALPHA, EPSILON = (float(np.float32(a)) for a in (0.01, 1e-5))  # ONNX's defaults are float32
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Map:
@@ -145,13 +147,14 @@ def flat(model: onnx.OnnxModel) -> Net:
         if make is None or step.results != 1 or not known:
             raise UnsupportedOperator(f"the checker of proofs does not know {step.name} here")
         try:
-            values.append(make(build, *given, **dict(step.options)))
-        except (TypeError, ValueError, AttributeError) as error:
+            options = {key: value for key, value in step.options if key != "facts"}
+            values.append(make(build, *given, **options))
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
             what = f"the checker of proofs does not know this form of {step.name}: {error}"
             raise UnsupportedOperator(what) from error
-    steps, shapes = build.steps, build.shapes
     result = values[program.result].number
-    return Net(steps[: result + 1], [math.prod(s) for s in shapes], result, build.rounded)
+    sizes = [math.prod(shape) for shape in build.shapes[: result + 1]]
+    return Net(build.steps[: result + 1], sizes, result, build.rounded)
 
 
 class _Value(NamedTuple):
@@ -195,7 +198,7 @@ class _Builder:
         return self.affine(x, np.broadcast_to(factor, x.shape).reshape(-1), 0.0, x.shape)
 
     def divided(self, x: _Value, y: Array) -> _Value:
-        self.rounded |= bool(np.any(np.log2(abs(y)) % 1))
+        self.rounded |= bool(np.any(abs(np.frexp(y)[0]) != 0.5))  # else powers of two
         return self.scaled(x, 1 / y)
 
     def reshaped(self, x: _Value, shape: tuple[int, ...]) -> _Value:
@@ -229,7 +232,7 @@ class _Builder:
         return self.value(Step(((x.number, Map()),), left=float(alpha)), x.shape)
 
     # s = scale / sqrt(variance + epsilon) errs by four units: every bound allows weights to.
-    def normalised(self, x, scale, bias, mean, variance, *, epsilon=1e-5) -> _Value:
+    def normalised(self, x, scale, bias, mean, variance, *, epsilon=EPSILON) -> _Value:
         self.rounded = True
         scale, bias, mean, variance = (
             v.reshape(-1, *(1,) * (len(x.shape) - 2)) for v in (scale, bias, mean, variance)
@@ -239,34 +242,31 @@ class _Builder:
         )
 
     def convolved(
-        self, x, kernel, bias=None, *, auto_pad="NOTSET", dilations=None, group=1,
-        kernel_shape=None, pads=None, strides=None,
-    ) -> _Value:  # fmt: skip
-        if auto_pad not in ("NOTSET", "VALID"):
-            raise ValueError(f"auto_pad={auto_pad}")
+        self, x, kernel, bias=None, *, group=1, pads=None, strides=None, dilations=None, **others
+    ) -> _Value:
         one, channels, *sizes = x.shape
         d, taps = len(sizes), kernel.shape[2:]
-        if one != 1 or kernel.shape[1] * group != channels or kernel_shape not in (None, taps):
+        fits = one == 1 and kernel.shape[1] * group == channels and len(kernel) % group == 0
+        if not fits or others.pop("kernel_shape", taps) != taps:
             raise ValueError(f"shapes {x.shape} and {kernel.shape}")
-        strides, dilations = (each or (1,) * d for each in (strides, dilations))
-        pads = pads or (0,) * (2 * d)
-        places = []  # of each axis: (out, tap) -> in
+        if others.pop("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or others:
+            raise ValueError("padding, or an attribute that is not known")
+        strides, dilations, pads = strides or (1,) * d, dilations or (1,) * d, pads or (0,) * 2 * d
+        places = []  # along each axis: (out, tap) -> in
         for i, n in enumerate(sizes):
-            reach = (taps[i] - 1) * dilations[i] + 1
-            out = (n + pads[i] + pads[d + i] - reach) // strides[i] + 1
-            first = np.arange(out)[:, None] * strides[i] - pads[i]
+            room = n + pads[i] + pads[d + i] - (taps[i] - 1) * dilations[i] - 1
+            first = np.arange(room // strides[i] + 1)[:, None] * strides[i] - pads[i]
             places.append(first + np.arange(taps[i]) * dilations[i])
-        shape = (len(kernel), *(len(p) for p in places))
+        shape = (len(kernel), *map(len, places))
         _require_room(math.prod(shape), x.size)
         matrix = np.zeros((*shape, *x.shape[1:]))
-        per_group = len(kernel) // group
-        for at in itertools.product(*(range(len(p)) for p in places), *map(range, taps)):
-            out, tap = at[:d], at[d:]
+        for at in itertools.product(*map(range, (group, *shape[1:], *taps))):
+            g, out, tap = at[0], at[1 : d + 1], at[d + 1 :]
             where = tuple(int(p[o, t]) for p, o, t in zip(places, out, tap, strict=True))
             if all(0 <= w < n for w, n in zip(where, sizes, strict=True)):
-                for g in range(group):
-                    outs, ins = (slice(g * n, (g + 1) * n) for n in (per_group, channels // group))
-                    matrix[(outs, *out, ins, *where)] = kernel[(outs, slice(None), *tap)]
+                counts = len(kernel) // group, channels // group
+                outs, ins = (slice(g * n, g * n + n) for n in counts)
+                matrix[(outs, *out, ins, *where)] = kernel[(outs, slice(None), *tap)]
         offset = 0.0 if bias is None else bias.reshape(-1, *(1,) * d)
         return self.affine(x, matrix.reshape(-1, x.size), offset, (1, *shape))
 
@@ -317,7 +317,7 @@ _OPERATORS |= {
     "Flatten": _flattened,
     "Gemm": _Builder.gemm,
     "Identity": _same,
-    "LeakyRelu": lambda build, x, *, alpha=0.01: build.kink(x, alpha=alpha),
+    "LeakyRelu": lambda build, x, *, alpha=ALPHA: build.kink(x, alpha=alpha),
     "MatMul": _Builder.product,
     "Mul": _Builder.scaled,
     "Relu": _Builder.kink,

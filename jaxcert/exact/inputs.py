@@ -155,7 +155,9 @@ def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
         return matrix.astype(walk.dtype), *both
 
     # One after the other, not side by side: as in `hidden.py`, a loop spares repeated work.
-    matrix, offset, value = jax.lax.map(one, _slope_choices(walk, free))
+    choices = _slope_choices(walk, free)
+    found = jax.lax.map(one, choices) if choices else [part[None] for part in one([])]
+    matrix, offset, value = found
     matrix = jnp.moveaxis(matrix, 2, 0).reshape(len(centre), -1, *places.shape)
     offset, value = (jnp.moveaxis(a, 1, 0).reshape(len(centre), -1) for a in (offset, value))
     varying = places.pick(matrix)

@@ -176,8 +176,7 @@ class _Task:
             raise TypeError("mixed-integer programs are solved on the host: call this outside jit")
         if isinstance(region, L2Ball):
             raise ValueError(
-                "an L2Ball is no linear constraint: use exact.verify, or pass a Box, LinfBall or "
-                "L1Ball, such as jaxcert.sets.bounding_box(ball)"
+                "an L2Ball is not linear: use exact.verify, or its jaxcert.sets.bounding_box(ball)"
             )
         with jax.enable_x64(True):
             region = _one_by_one(checked(region))
@@ -261,6 +260,7 @@ class Linear:
         more = count - len(self.parts)
         return np.pad(self.parts, [(0, more), *[(0, 0)] * (self.parts.ndim - 1)])
 
+    @np.errstate(invalid="ignore")
     def mapped(self, matrix: np.ndarray, offset: np.ndarray) -> "Linear":
         """C z + d of these values z as one vector."""
         return Linear(self.parts.reshape(len(self.parts), -1) @ matrix.T) + offset

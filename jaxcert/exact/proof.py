@@ -6,9 +6,8 @@ and the property from the user's own ONNX and VNN-LIB files, and everything in t
 slopes and multipliers in their ranges give a bound that holds, whoever chose them.
 
 A `Report` is a statement about the net over the real numbers, with the weights in its file. Trusted
-are the readers in `jaxcert.io`, Python, and NumPy's float64 arithmetic (with `exact`, Python's
-fractions instead). Nothing of the search is imported: `flat.py` reads nets, `enclosures.py` bounds
-them.
+are the readers in `jaxcert.io`, Python, and NumPy's float64 (with `exact`, fractions instead), and
+nothing of the search: nets are those of `flat.py`, bounds those of `enclosures.py`.
 """
 
 import dataclasses
@@ -20,7 +19,6 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,7 +88,7 @@ FORMS = {
     "rule": (np.int8, 1), "slopes": (np.float64, 2), "multipliers": (np.float64, 1),
     "hidden": (np.int32, 2), "hidden_slopes": (np.float64, 1),
 }  # fmt: skip
-"""Type and rank of each array."""
+"""The type and the rank of each array."""
 
 
 def save(proof: Proof, path: File) -> None:
@@ -107,9 +105,9 @@ def load(path: File) -> Proof:
     try:
         with zipfile.ZipFile(path) as file:
             members = file.infolist()
-        large = sum(member.file_size for member in members) > LARGEST
-        if large or sorted(member.filename for member in members) != names:
-            raise ValueError(f"too large, or not of the parts {names}")
+        sizes = {member.filename: member.file_size for member in members}
+        if sorted(sizes) != names or len(members) > len(names) or sum(sizes.values()) > LARGEST:
+            raise ValueError("it is too large or has other parts")
         with np.load(path, allow_pickle=False) as parts:
             arrays = {name: parts[name] for name in FORMS}
             header = json.loads(parts["header"].tobytes().decode())
@@ -150,8 +148,7 @@ class Question:
     Attributes:
       bounds: of the net, which has one more value for each and: its rows.
       boxes: of the cases, (1, n) twice; a box of a case with cuts is larger than the case.
-      claims: the ands of each case, by their values. One is refuted where a weighted sum of its
-        rows is positive, for then they are not all at most 0.
+      claims: the values of the ands of each case. Rows with a positive weighted sum refute one.
     """
 
     bounds: Bounds
@@ -160,11 +157,7 @@ class Question:
 
     @classmethod
     def of(cls, network: bytes, prop: bytes, exact: bool = False) -> "Question":
-        """The question that two files put.
-
-        Raises:
-          ProofRejected: they do not fit together, or cannot be treated in rationals.
-        """
+        """The question that two files put, or `ProofRejected` if they do not fit together."""
         net = flat(onnx.read(network))
         problem = vnnlib.parse(prop.decode("utf-8-sig", errors="replace"))
         sizes, wanted = (net.sizes[0], net.sizes[net.result]), (problem.inputs, problem.outputs)
@@ -180,10 +173,11 @@ class Question:
 def _rows(rows: Sequence[vnnlib.Row], k: int) -> tuple[Array, Array]:
     """The rows a . y + c of an and, c rounded down."""
     matrix = np.zeros((len(rows), k))
+    _require(len(rows) > 0, "the property calls all outputs unsafe")
     for place, row in enumerate(rows):
         for i, a in row.terms:
+            _require(a.bit_length() < 1000 and int(float(a)) == a, f"{a} is not in float64")
             matrix[place, i] = a
-            _require(Fraction(matrix[place, i]) == a, f"float64 has no coefficient {a}")
     return matrix, np.array([rounded_down(row.offset) for row in rows], np.float64)
 
 
@@ -192,7 +186,7 @@ def _rows(rows: Sequence[vnnlib.Row], k: int) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a proof consists of, and the smallest of its lower bounds, which is positive."""
+    """What a proof consists of, and the least of its bounds, which is positive."""
 
     trees: int
     splits: int
@@ -200,40 +194,33 @@ class Report:
     margin: float
 
 
+@np.errstate(all="ignore")  # what is not finite proves nothing
 def check(
     proof_file: File, network_file: File, property_file: File, *, exact: bool = False
 ) -> Report:
-    """Check that a file proves a property of a net: no input in a box of the property leads to an
-    output that it calls unsafe.
+    """Check that a file proves that no input in a property's boxes leads to its unsafe outputs.
 
     Args:
       proof_file: the proof.
       network_file: ONNX; of affine operators, Relu and LeakyRelu.
       property_file: VNN-LIB.
-      exact: evaluate in rationals rather than in float64 with rounding counted: for nets of up to a
-        few thousand weights.
+      exact: evaluate in rationals, not in float64; for nets of up to a few thousand weights.
 
     Raises:
-      ProofRejected: it does not prove it; the message says why.
+      ProofRejected: it does not; the message says why.
       UnsupportedOperator, VnnlibError, ValueError: the net or the property cannot be read.
     """
     network, prop = uncompressed(network_file), uncompressed(property_file)
     proof = load(proof_file)
     for name, value in header(network, prop).items():
         _require(proof.header.get(name) == value, f"the proof is for another {name}")
-    with np.errstate(all="ignore"):  # numbers that are not finite prove nothing
-        return Check(Question.of(network, prop, exact), proof).run()
+    return Check(Question.of(network, prop, exact), proof).run()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
-    """What is above a node of a tree.
-
-    Attributes:
-      lower, upper: the box of its inputs, (1, n).
-      own: whether that is less than the case's.
-      cuts: splits of hidden values: kink, entry, value, and whether the leaf is above it.
-    """
+    """What is above a node of a tree: a box of inputs (1, n), whether it is less than the case's,
+    and the splits of hidden values: kink, entry, value, and whether the node is above it."""
 
     lower: Array
     upper: Array
@@ -269,7 +256,7 @@ class Check:
         self.nodes, self.refutations = _Cursor(range(nodes)), _Cursor(range(count))
         self.slopes, self.multipliers = _Cursor(proof.slopes), _Cursor(proof.multipliers)
         self.stored, self.roots = self._stored(), {}
-        self.leaves, self.margin = 0, np.inf
+        self.leaves, self.margin = 0, float("inf")
 
     def _require_slopes(self, slopes: Array) -> None:
         least = self.bounds.least[: slopes.shape[-1]]
@@ -279,8 +266,10 @@ class Check:
         """The slopes for hidden values, by case, kink, entry and side."""
         found, slopes = {}, _Cursor(self.proof.hidden_slopes)
         _require(self.proof.hidden.shape[1] == 4, "hidden values have another form")
+        sizes, cases = [self.net.sizes[y] for y in self.net.kinks], len(self.question.boxes)
         for case, kink, entry, side in self.proof.hidden.tolist():
-            _require(0 <= kink < len(self.net.kinks), "there is no such kink")
+            known = 0 <= case < cases and 0 <= kink < len(sizes) and 0 <= entry < sizes[kink]
+            _require(known and side in (0, 1), "there is no such hidden value")
             found[case, kink, entry, side] = slopes.take(self.bounds.parts[kink].start)
             self._require_slopes(found[case, kink, entry, side])
         _require(slopes.at == len(slopes.values), "there are more hidden slopes than bounds")
@@ -291,8 +280,8 @@ class Check:
         proof, claims = self.proof, self.question.claims
         unproved = {claim for case in claims for claim in case}
         for case, chosen in zip(proof.case.tolist(), proof.claims, strict=True):
-            _require(0 <= case < len(claims), "there is no such case")
-            _require(not chosen[len(claims[case]) :].any(), "there is no such and")
+            known = 0 <= case < len(claims) and not chosen[len(claims[case]) :].any()
+            _require(known, "there is no such case or and")
             mine = [claim for claim, use in zip(claims[case], chosen, strict=False) if use]
             for _, leaves in itertools.groupby(self._leaves(case), lambda leaf: leaf.own):
                 while some := list(itertools.islice(leaves, BATCH)):
@@ -343,8 +332,8 @@ class Check:
             known = self.bounds.domain(lower, np.concatenate([leaf.upper for leaf in leaves]))
         else:
             known = self._root(case).copy()
-        operand = {k: self.net.operand(y) for k, y in enumerate(self.net.kinks)}
-        for z in set(operand.values()):
+        operand = [self.net.operand(y) for y in self.net.kinks]
+        for z in set(operand):
             for ends in (known.lower, known.upper):
                 ends[z] = np.array(np.broadcast_to(ends[z], (len(leaves), ends[z].shape[1])))
         for i, leaf in enumerate(leaves):
@@ -393,7 +382,7 @@ class Check:
 
     def _slopes(self, known: Domain, rule: Array, stored: Array) -> Array:
         """Slopes (b, 1, all kinks) by rules (b,)."""
-        choices = [np.broadcast_to(f(self.bounds, known), stored.shape) for f in (adaptive, chords)]
+        choices = [adaptive(self.bounds, known), chords(self.bounds, known)]
         return np.stack([*choices, stored])[rule, np.arange(len(rule))][:, None]
 
     def _pushes(self, leaves: list[Leaf], multipliers: Sequence[Array]) -> dict[int, Any]:

@@ -27,6 +27,7 @@ Array: TypeAlias = Any
 
 FEW_INPUTS = 16  # up to so many that vary, inputs are split
 CLEAR = 1e-9  # bounds are to be above this, so that rounding on other machines changes nothing
+SHARE = 1e-3  # of the largest slope, which an input counts for at least
 ROOT_STEPS, LEAF_STEPS = 40, 12  # of ascent
 STEPS = 64  # slopes are rounded to multiples of 1 / STEPS, which compresses better
 
@@ -35,6 +36,7 @@ class NotProved(JaxcertError, RuntimeError):
     """No proof was found; the message says whether there is none or time ran out."""
 
 
+@np.errstate(all="ignore")  # what is not finite proves nothing
 def prove(
     network_file: File, property_file: File, proof_file: File, *, seconds: float = 300.0
 ) -> Report:
@@ -48,7 +50,7 @@ def prove(
       seconds: of search; checking takes about as long as bounding the leaves once more.
 
     Raises:
-      NotProved: the net breaks the property, or time ran out.
+      NotProved: there are unsafe outputs, or time ran out.
       UnsupportedOperator, VnnlibError, ValueError: the net or the property cannot be read.
     """
     network, prop = proof.uncompressed(network_file), proof.uncompressed(property_file)
@@ -81,7 +83,7 @@ class _Clock:
 
 
 def _require_safe(net: Net, claims: list[int], points: Array) -> None:
-    """Raise where the net is seen to break the property at one of some inputs (p, m)."""
+    """Raise where outputs are seen to be unsafe at one of some inputs (p, m)."""
     values: list[Array] = [points]
     for step in net.steps[1 : max(claims) + 1]:
         assert step is not None
@@ -92,7 +94,7 @@ def _require_safe(net: Net, claims: list[int], points: Array) -> None:
         broken = np.flatnonzero((values[claim] <= 0).all(1))
         if len(broken):
             where = np.array2string(points[broken[0]], threshold=20)
-            raise NotProved(f"there is none: the net breaks the property at {where}")
+            raise NotProved(f"there is no proof about all of the box: unsafe outputs at {where}")
 
 
 # --- What was found -------------------------------------------------------------------------------
@@ -201,7 +203,8 @@ def _by_inputs(question: Question, case: int, clock: _Clock) -> Node:
             if (least[:, i] > CLEAR).all():
                 node.refutations = tuple(each.refutations[i] for each in tried)
                 continue
-            j = int(np.argmax(abs(slopes[i]) * (high[i] - low[i])))
+            slope = abs(slopes[i]) + SHARE * abs(slopes[i]).max() + 2.0**-100
+            j = int(np.argmax(slope * (high[i] - low[i])))
             middle = low[i, j] / 2 + high[i, j] / 2
             if not low[i, j] < middle < high[i, j]:
                 raise NotProved("some inputs are too close to breaking the property")

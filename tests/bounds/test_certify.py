@@ -34,8 +34,15 @@ def scores(x):
 # --- Claims ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
-@pytest.mark.parametrize("valid", [None, Box(0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("ball", "valid"),
+    [
+        (LinfBall, Box(0.0, 1.0)), (L2Ball, None), (L1Ball, Box(0.0, 1.0)),
+        pytest.param(LinfBall, None, marks=pytest.mark.slow),
+        pytest.param(L2Ball, Box(0.0, 1.0), marks=pytest.mark.slow),
+        pytest.param(L1Ball, None, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_no_attack_breaks_a_certificate(ball, valid):
     x = inputs(16)
     eps = jnp.asarray(np.geomspace(1e-4, 0.5, 16), jnp.float32)

@@ -70,7 +70,9 @@ def _proofs(name):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "alpha_crown" else n for n in METHODS]
+)
 def test_they_hold_in_rationals_and_cost_less_than_a_percent(name):
     """Also at eps = 0, and with rows of the spec that are no float32 numbers."""
     rng = np.random.default_rng(3)
@@ -144,7 +146,7 @@ SETS = {
 @pytest.mark.parametrize(
     ("f", "name"),
     [
-        (padding_after_a_bias, "l1 cut"),
+        pytest.param(padding_after_a_bias, "l1 cut", marks=pytest.mark.slow),
         (residual_with_strided_shortcut, "linf"),
         (a_bias_per_position, "box"),
         (average_pool, "l2"),
@@ -171,6 +173,7 @@ def test_windows(f, name):
     assert excess.max() > 0
 
 
+@pytest.mark.slow
 def test_hidden_bounds_and_certificates():
     rng = np.random.default_rng(1)
     f = jax.tree_util.Partial(mlp, [tuple(np.float32(a) for a in pair) for pair in layers(rng)])

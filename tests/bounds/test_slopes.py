@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from models import dense, weights
 from oracles import in_float64, points_of
 from reference_nets import load
@@ -99,6 +100,7 @@ def test_rows_of_a_spec_have_slopes_of_their_own():
     assert np.allclose(row.lower[:, 0], best.lower[:, 0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_better_hidden_bounds_are_sound_and_no_worse():
     f = dense(4, 8, 8, 8, 3, seed=4)
     region = LinfBall(inputs(), jnp.array([0.0, 0.2, 0.6]))

@@ -65,6 +65,10 @@ NOT_AS_A_PROOF = {
 }
 
 
+SLOW = pytest.mark.slow
+LARGE = {"resnet_nnx", "attention", "attention_masked_by_minus_inf", "recurrent"}
+
+
 def test_every_model_and_set_has_a_case():
     assert {model for model, _ in CASES} == set(MODELS)
     assert {region for _, region in CASES} == set(SETS)
@@ -77,9 +81,9 @@ def _inputs(shape):
 @pytest.mark.parametrize(
     ("method", "model", "name"),
     [
-        *(("ibp", *case) for case in CASES),
+        *(pytest.param("ibp", *case, marks=SLOW if case[0] in LARGE else ()) for case in CASES),
         *((method, *case) for method, cases in LINEAR_CASES.items() for case in cases),
-        *sorted(NOT_AS_A_PROOF),
+        *(pytest.param(*case, marks=SLOW) for case in sorted(NOT_AS_A_PROOF)),
     ],
 )
 def test_points_lie_inside(method, model, name):

@@ -167,7 +167,16 @@ def _close(a, b):
     assert np.abs(a.upper - b.upper).max() <= 1e-5 * size
 
 
-@pytest.mark.parametrize("f", [*IMAGES, one_dimension], ids=lambda f: f.__name__)
+SLOW = {transposed_convolution, branches, groups_and_dilation}
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        pytest.param(f, id=f.__name__, marks=pytest.mark.slow if f in SLOW else ())
+        for f in [*IMAGES, one_dimension]
+    ],
+)
 def test_windows_give_the_dense_bounds(monkeypatch, f):
     shape = (2, 9, 2) if f is one_dimension else (2, 6, 5, 2)
     x = jnp.asarray(np.random.default_rng(0).uniform(0.2, 0.8, shape), jnp.float32)
