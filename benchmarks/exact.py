@@ -4,8 +4,8 @@ Needs a folder with `vnncomp/<benchmark>/instances.csv` and the consensus in `vn
 
     python -m benchmarks.exact acasxu --data DIR --json benchmarks/results/exact_acasxu.json
 
-All instances run in one process, as `python -m jaxcert verify --instances` runs them. CPU seconds of
-an instance include reading its files and whatever was compiled for it.
+All instances run in one process, as `python -m jaxcert verify --instances` runs them. CPU seconds
+of an instance include reading its files and whatever was compiled for it.
 """
 
 import csv

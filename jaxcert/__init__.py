@@ -17,9 +17,13 @@ from jaxcert.certificate import explain as explain
 from jaxcert.errors import DataDependent as DataDependent
 from jaxcert.errors import JaxcertError as JaxcertError
 from jaxcert.errors import MixedRows as MixedRows
+from jaxcert.errors import NotProved as NotProved
+from jaxcert.errors import ProofRejected as ProofRejected
 from jaxcert.errors import RecordMismatch as RecordMismatch
 from jaxcert.errors import StatefulModel as StatefulModel
 from jaxcert.errors import UnsupportedEquation as UnsupportedEquation
+from jaxcert.errors import UnsupportedOperator as UnsupportedOperator
+from jaxcert.errors import VnnlibError as VnnlibError
 from jaxcert.sets import Box as Box
 from jaxcert.sets import L1Ball as L1Ball
 from jaxcert.sets import L2Ball as L2Ball

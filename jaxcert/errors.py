@@ -7,7 +7,9 @@
     ├── MixedRows             an equation mixes the rows of a batch, so no row has its own bound
     ├── StatefulModel         the model's output depends on counters that each call moves on
     ├── RecordMismatch        a log on disk belongs to another run configuration
-    └── VnnlibError           a property file says what cannot be read, or nothing at all
+    ├── VnnlibError           a property file says what cannot be read, or nothing at all
+    ├── NotProved             no proof was found that could be written to a file
+    └── ProofRejected         a file is no proof of this property of this net
 
 Wrong arguments are plain `ValueError` and `TypeError`.
 """
@@ -43,3 +45,11 @@ class RecordMismatch(JaxcertError, ValueError):
 
 class VnnlibError(JaxcertError, ValueError):
     """A property file cannot be read; the message names file, line and column."""
+
+
+class NotProved(JaxcertError, RuntimeError):
+    """No proof was found; the message says whether there is none or time ran out."""
+
+
+class ProofRejected(JaxcertError, ValueError):
+    """A file is no proof of this property of this net; the message says why."""

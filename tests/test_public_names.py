@@ -9,8 +9,8 @@ import jaxcert
 NAMES = {
     jaxcert: """
         ABSTAIN AllOf AnyOf Box Certificate DataDependent JaxcertError L1Ball L2Ball LinfBall
-        MixedRows Reason RecordMismatch Spec StatefulModel Status UnsupportedEquation Verdict
-        explain margins
+        MixedRows NotProved ProofRejected Reason RecordMismatch Spec StatefulModel Status
+        UnsupportedEquation UnsupportedOperator Verdict VnnlibError explain margins
     """,
     jaxcert.bounds: """
         Bound LinearBounds Method alpha_crown certified_radius certify crown crown_ibp

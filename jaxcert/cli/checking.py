@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from jaxcert.cli.answers import said
+from jaxcert.errors import ProofRejected
 
 REJECTED = 13
 """The exit status of a file that proves nothing."""
@@ -28,7 +29,7 @@ class Checking:
 
     def run(self) -> int:
         """Check it and say so; returns the exit status."""
-        from jaxcert.exact.proof import ProofRejected, check
+        from jaxcert.exact.proof import check
 
         try:
             report = check(self.proof, self.network, self.property, exact=self.exact)

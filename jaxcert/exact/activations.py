@@ -137,7 +137,8 @@ class Pass:
         return found
 
     def spec(self, weights: Array) -> Spec:
-        """The clause's rows, weighted, as one row; rounding comes off its offset."""
+        """The clause's rows, weighted, as one row; rounding comes off its offset, unless it is one
+        of the rows as it stands."""
         wide = weights.astype(self.walk.dtype)[..., None]
         matrix = jnp.sum(wide * self.question.matrix, 1)
         offset = jnp.sum(wide[..., 0] * self.question.offset, 1)
@@ -146,9 +147,9 @@ class Pass:
         sizes = jnp.sum(wide * jnp.abs(self.question.matrix), 1)
         error = jnp.sum(jnp.where(sizes > 0, sizes * size, 0.0), 1)
         error = error + jnp.sum(wide[..., 0] * jnp.abs(self.question.offset), 1)
-        several = jnp.sum(weights > 0, 1) > 1
+        one = (jnp.sum(weights != 0, 1) == 1) & jnp.all((weights == 0) | (weights == 1), 1)
         error = rounding.inflate(rounding.gamma(s + 8) * error, s + size.shape[1])
-        return Spec(matrix[:, None], (offset - jnp.where(several, error, 0.0))[:, None])
+        return Spec(matrix[:, None], (offset - jnp.where(one, 0.0, error))[:, None])
 
     def bound(
         self, given: Multipliers, seen: dict[Var, Array] | None = None

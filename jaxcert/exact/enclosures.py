@@ -11,15 +11,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxcert.errors import JaxcertError
+from jaxcert.errors import ProofRejected
 from jaxcert.exact.flat import Net, Step
 from jaxcert.io.unsafe import rounded_down, rounded_up
 
 Array: TypeAlias = Any
-
-
-class ProofRejected(JaxcertError, ValueError):
-    """A file is no proof of this property of this net; the message says why."""
 
 
 Slopes: TypeAlias = Callable[[int, Array, "Domain"], Array | None]

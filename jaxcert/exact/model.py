@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.attacks.gradient import Objective
+from jaxcert.bounds.interval import interval_bounds
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
 from jaxcert.sets import Array, Box, InputSet, contains, per_example
@@ -66,7 +67,13 @@ class Traceable:
             return jnp.min(shortfall(rows, mine.clauses), 1)
 
         own = at(arrays, points.astype(self.dtype), self.mode)
-        worst = jnp.maximum(own, at(as_float64(arrays), points, True))
+        try:
+            wide = at(as_float64(arrays), points, True)
+        except TypeError:  # the model closes over float32 arrays, which some operations insist on
+            graph, rows = self.trace(arrays, len(points))
+            box = interval_bounds(graph, rows, Box(points, points), mine.rows, True)
+            wide = jnp.min(shortfall(box.upper, mine.clauses), 1)
+        worst = jnp.maximum(own, wide)
         broken = (worst <= 0) & _surely_in(mine.region, points)
         return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
 

@@ -23,7 +23,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxcert.exact.enclosures import Bounds, Domain, ProofRejected, adaptive, chords
+from jaxcert.errors import ProofRejected
+from jaxcert.exact.enclosures import Bounds, Domain, adaptive, chords
 from jaxcert.exact.flat import flat
 from jaxcert.io import onnx, vnnlib
 from jaxcert.io.unsafe import rounded_down

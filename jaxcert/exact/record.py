@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxcert.errors import JaxcertError
+from jaxcert.errors import NotProved
 from jaxcert.exact import proof
 from jaxcert.exact.ascent import CHUNK, Ascent, Hints, Place, Rows
 from jaxcert.exact.enclosures import Bounds, Domain, adaptive, chords
@@ -30,10 +30,6 @@ CLEAR = 1e-9  # bounds are to be above this, so that rounding on other machines 
 SHARE = 1e-3  # of the largest slope, which an input counts for at least
 ROOT_STEPS, LEAF_STEPS = 40, 12  # of ascent
 STEPS = 64  # slopes are rounded to multiples of 1 / STEPS, which compresses better
-
-
-class NotProved(JaxcertError, RuntimeError):
-    """No proof was found; the message says whether there is none or time ran out."""
 
 
 @np.errstate(all="ignore")  # what is not finite proves nothing

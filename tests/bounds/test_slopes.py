@@ -43,6 +43,7 @@ def all_kinks():
     return f
 
 
+@pytest.mark.slow
 def test_no_point_lies_outside_and_more_steps_are_never_worse():
     f, eps = all_kinks(), jnp.array([0.0, 0.2, 1.0])
     region = LinfBall(inputs(), eps)

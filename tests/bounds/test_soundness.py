@@ -66,7 +66,7 @@ NOT_AS_A_PROOF = {
 
 
 SLOW = pytest.mark.slow
-LARGE = {"resnet_nnx", "attention", "attention_masked_by_minus_inf", "recurrent"}
+LARGE = {"resnet_nnx", "resnet_linen", "attention", "attention_masked_by_minus_inf", "recurrent"}
 
 
 def test_every_model_and_set_has_a_case():

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from jaxcert.errors import UnsupportedOperator
+from jaxcert.errors import NotProved, ProofRejected, UnsupportedOperator
 from jaxcert.exact import proof, record
 from jaxcert.exact.enclosures import Bounds
 from jaxcert.exact.flat import flat
-from jaxcert.exact.proof import INPUT, LEAF, ProofRejected
-from jaxcert.exact.record import NotProved
+from jaxcert.exact.proof import INPUT, LEAF
 from jaxcert.io import onnx as reader
 
 # --- Files ----------------------------------------------------------------------------------------
