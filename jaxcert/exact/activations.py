@@ -200,7 +200,7 @@ class Pass:
         end = jnp.where(jnp.isfinite(end) | (m != 0), end, centre)
         wide = m.astype(walk.dtype)
         held = -wide * (end - centre)
-        n = jnp.size(m) + 16
+        n = jnp.size(m) + len(walk.net.graph.equations) + 16  # all that offsets are added up with
         unit = rounding.unit(walk.rows_dtype)
         lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, walk.centres.get(v))
         lost = lost + rounding.gamma(n) * jnp.abs(wide) * (jnp.abs(end) + jnp.abs(centre))
@@ -233,13 +233,13 @@ def improved(
 
     def step(carry, _):
         p, state, (values, kept) = carry
-        gradient, (found, slope) = jax.grad(loss, has_aux=True)(p)
+        ascent, (found, slope) = jax.grad(loss, has_aux=True)(p)
         better = found > values
         kept = jax.tree.map(
             lambda old, new: jnp.where(per_example(better, new), new, old), kept, (p, slope)
         )
         values = jnp.where(better, found, values)
-        updates, state = optimiser.update(gradient, state)
+        updates, state = optimiser.update(ascent, state)
         p = _allowed(jax.tree.map(jnp.add, p, updates), some.domains.side)
         return (p, state, (values, kept)), None
 

@@ -14,7 +14,7 @@ from jaxcert.certificate import ABSTAIN, Certificate, Status, Verdict, issue, pr
 from jaxcert.exact.verify import Budget, verify
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.model import Model, output_shape, run, split
-from jaxcert.sets import Array, Ball, Box, L1Ball, L2Ball, LinfBall, flat_norm
+from jaxcert.sets import Array, Ball, Box, L1Ball, L2Ball, LinfBall, checked, flat_norm
 from jaxcert.specs import Spec, margins
 
 _BALLS = {float("inf"): LinfBall, 2.0: L2Ball, 1.0: L1Ball}
@@ -44,6 +44,7 @@ def certify(f: Model, ball: Ball, *, budget: Budget = Budget()) -> Certificate: 
       >>> print(certificate.prediction, certificate.radius)
       [0 1] [0.4 0. ]
     """
+    ball: Any = checked(ball)  # whose eps, rounded up to the float type of radii, is what is proved
     prediction, verdict = _asked(f, ball, budget)
     proved = (verdict.status == Status.VERIFIED) & (prediction != ABSTAIN)
     radius = jnp.where(proved, jnp.broadcast_to(ball.eps, proved.shape), 0.0)

@@ -100,14 +100,15 @@ def contracted(
     for _ in range(ROUNDS):
         value = least(below, low, high)
         alive &= ~jnp.any((value > 0) & clauses, -1)
-        slack = jnp.where(clauses, jnp.maximum(-value, 0.0), jnp.inf)
+        known = clauses & ~jnp.isnan(value)  # what is unknown cuts nothing off
+        slack = jnp.where(known, jnp.maximum(-value, 0.0), jnp.inf)
         reach = slack[..., None] / jnp.where(steep, slope, 1.0)
         reach = jnp.where(steep, reach * (1 + 8 * rounding.UNIT) + rounding.TINY, jnp.inf)
         top = jnp.min(jnp.where(matrix > 0, low[:, :, None] + reach, jnp.inf), 2)
         bottom = jnp.max(jnp.where(matrix < 0, high[:, :, None] - reach, -jnp.inf), 2)
         ends = rounding.widen(Box(bottom, top), rounding.ARITHMETIC)
         new_low, new_high = jnp.maximum(low, ends.lower), jnp.minimum(high, ends.upper)
-        alive &= jnp.all(new_low <= new_high, -1)
+        alive &= ~jnp.any(new_low > new_high, -1)
         low = jnp.where(alive[..., None], new_low, low)
         high = jnp.where(alive[..., None], new_high, high)
     some = jnp.any(alive, 1)[:, None]
@@ -280,6 +281,7 @@ def expansion(
     scores = scores + 1e-6 * jnp.abs(functions) * (boxes.upper - boxes.lower)
     wide = (high - low) > 2.0**-40 * jnp.maximum(jnp.abs(low), jnp.abs(high))
     left = (high - low) / jnp.where(boxes.upper > boxes.lower, boxes.upper - boxes.lower, 1.0)
+    scores = jnp.where(jnp.isfinite(scores), scores, 0.0)
     scores = jnp.where(wide, scores * left + 2.0**-200, -1.0)
 
     points = [jnp.where(functions > 0, low, high), low / 2 + high / 2]

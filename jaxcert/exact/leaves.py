@@ -80,6 +80,8 @@ def _solved(
 ) -> tuple[Multipliers, np.ndarray] | None:
     """Multipliers from the duals of the linear program, and its minimiser (d,)."""
     matrix, offset, outputs, constant = affine
+    if not all(np.isfinite(part).all() for part in affine):
+        return None
     from scipy.optimize import linprog
     from scipy.sparse import csr_array
 

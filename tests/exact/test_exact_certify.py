@@ -50,3 +50,16 @@ def test_no_certificate_without_a_prediction():
 
 def _undefined(x):
     return x - jnp.inf * jnp.array([1.0, 1.0]) * 0.0
+
+
+def test_a_radius_is_no_larger_than_what_was_proved():
+    """The margin is positive below 0.1 only, and the float32 next to 0.1 is larger than that."""
+    certificate = certify(_tenth, LinfBall(jnp.zeros((1, 1)), 0.1), budget=BUDGET)
+    assert certificate.radius[0] == 0
+    certificate = certify(_tenth, LinfBall(jnp.zeros((1, 1)), 0.099), budget=BUDGET)
+    assert 0.099 <= certificate.radius[0] < 0.0990001
+
+
+def _tenth(x):
+    """The margin is zero at 0.1 + 1e-9, between the number 0.1 and its float32."""
+    return jnp.concatenate([0.1 + 1e-9 - x, 0 * x], 1)

@@ -171,3 +171,16 @@ def test_a_model_that_gives_nan_is_not_verified():
     verdict = verify(f, REGION, prop, split_inputs=True, budget=Budget(seconds=600, domains=40))
     assert not np.any(verdict.status == Status.VERIFIED)
     assert not np.any(verdict.status == Status.FALSIFIED)
+
+
+@pytest.mark.parametrize("split_inputs", [True, False])
+def test_what_is_unknown_on_part_of_the_set_is_not_verified(split_inputs):
+    """Below zero the root is NaN, and so are bounds, while the coefficient of x is known."""
+    region, spec = LinfBall(jnp.zeros((1, 1)), 1.0), Spec(jnp.ones((1, 1)), 1e3)
+    budget = Budget(seconds=600, domains=40)
+    verdict = verify(_half_defined, region, spec, split_inputs=split_inputs, budget=budget)
+    assert verdict.status[0] == Status.UNKNOWN
+
+
+def _half_defined(x):
+    return jnp.sqrt(x) + x
