@@ -44,11 +44,12 @@ def certify(f: Model, ball: Ball, *, budget: Budget = Budget()) -> Certificate: 
       >>> print(certificate.prediction, certificate.radius)
       [0 1] [0.4 0. ]
     """
-    ball: Any = checked(ball)  # whose eps, rounded up to the float type of radii, is what is proved
-    prediction, verdict = _asked(f, ball, budget)
+    # eps is rounded up to the float type of radii before it is proved
+    region: Any = checked(ball)
+    prediction, verdict = _asked(f, region, budget)
     proved = (verdict.status == Status.VERIFIED) & (prediction != ABSTAIN)
-    radius = jnp.where(proved, jnp.broadcast_to(ball.eps, proved.shape), 0.0)
-    return issue(prediction, radius, norm=ball.norm, within=ball.valid)
+    radius = jnp.where(proved, jnp.broadcast_to(region.eps, proved.shape), 0.0)
+    return issue(prediction, radius, norm=region.norm, within=region.valid)
 
 
 def _asked(f: Model, ball: Ball, budget: Budget) -> tuple[Array, Verdict]:
