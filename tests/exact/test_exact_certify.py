@@ -37,10 +37,13 @@ def test_certificates_are_those_that_enumeration_gives():
     weights = random_weights(11)
     f = net(weights)
     for eps in (0.02, 0.2):
+        above = np.float32(eps)
+        if float(above) < eps:
+            above = np.nextafter(above, np.float32(1.0))
         certificate = certify(f, LinfBall(jnp.asarray(X), eps), budget=BUDGET)
         for i, x in enumerate(X):
-            least = least_margin(weights, x, int(certificate.prediction[i]), np.float32(eps))
-            assert certificate.radius[i] == (np.float32(eps) if least > 0 else 0.0)
+            least = least_margin(weights, x, int(certificate.prediction[i]), above)
+            assert certificate.radius[i] == (above if least > 0 else 0.0)
 
 
 def test_no_certificate_without_a_prediction():
