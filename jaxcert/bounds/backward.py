@@ -109,6 +109,11 @@ class Form:
     mirrored: bool
     thin: bool
 
+    @property
+    def count(self) -> int:
+        """How many rows are meant."""
+        return len(self.rows) * (2 if self.mirrored else 1)
+
 
 def unit_rows(net: Net, v: Var, index: Array, dtype: Any) -> Form:
     """The rows that pick the entries `index` of v: (n,) for all examples or (n, b) for each."""
@@ -148,12 +153,34 @@ def pull_back(
 
     Where `stops` has a function for a variable, the rows go on as it says.
     """
-    count, dtype = len(form.rows) * (2 if form.mirrored else 1), form.rows.dtype
-    offset = jnp.zeros((count, net.batch), dtype)
-    forms, stops = {start: form}, stops or {}
-    for v in ancestors(net, planes, start):
-        form = forms.pop(v)
-        plane = planes[v]
+    return pull_back_together(net, planes, {start: form}, stops)
+
+
+def pull_back_together(
+    net: Net,
+    planes: Mapping[Var, Planes],
+    starts: Mapping[Var, Form],
+    stops: Mapping[Var, Stop] | None = None,
+) -> tuple[Array, Array]:
+    """As `pull_back`, the rows on several variables in one pass; those on the last variable come
+    first, in the order of `ancestors`."""
+    dtype, stops = next(iter(starts.values())).rows.dtype, stops or {}
+    forms: dict[Var, Form] = {}
+    offset, total = jnp.zeros((0, net.batch), dtype), 0
+
+    def arrived(v: Var) -> Form:
+        nonlocal offset, total
+        form = forms.pop(v, None)
+        if v in starts:
+            form = _begun(net, v, form, starts[v], total)
+            offset = jnp.concatenate([offset, jnp.zeros((form.count - total, net.batch), dtype)])
+            total = form.count
+        if form is None:  # constant on the region
+            form = Form(jnp.zeros((0, *v.shape), dtype), mirrored=False, thin=False)
+        return _padded(net, v, form, total)
+
+    for v in ancestors(net, planes, *starts):
+        form, plane = arrived(v), planes[v]
         if not plane.affine or v in stops:
             form = _written_out(net, v, form)
         if v in stops:
@@ -165,24 +192,40 @@ def pull_back(
         for x, rows in zip(plane.operands, _transposed(net, v, plane, form), strict=True):
             part = dataclasses.replace(form, rows=rows)
             forms[x] = _added(net, x, forms[x], part) if x in forms else part
-    if net.input in forms:
-        rows = _written_out(net, net.input, forms[net.input]).rows
-    else:  # constant on the region
-        rows = jnp.zeros((count, *net.input.shape), dtype)
+    rows = _written_out(net, net.input, arrived(net.input)).rows
     if net.input in stops:
         rows, more = stops[net.input](rows)
         offset = offset + more
     return rows, offset
 
 
-def ancestors(net: Net, planes: Mapping[Var, Planes], start: Var) -> list[Var]:
-    """What `start` is made of, itself included and the input not, last first."""
-    wanted, found = {start}, []
+def ancestors(net: Net, planes: Mapping[Var, Planes], *starts: Var) -> list[Var]:
+    """What `starts` are made of, themselves included and the input not, last first."""
+    wanted, found = {*starts}, []
     for v in reversed(list(net.makers)):
         if v in wanted:
             found.append(v)
             wanted.update(planes[v].operands)
     return found
+
+
+def _begun(net: Net, v: Var, form: Form | None, new: Form, total: int) -> Form:
+    """The form of v with new rows behind the `total` rows that there are so far."""
+    if total == 0:
+        return new
+    new = _written_out(net, v, new)
+    none = Form(jnp.zeros((0, *v.shape), new.rows.dtype), mirrored=False, thin=False)
+    old = _written_out(net, v, _padded(net, v, form or none, total))
+    return dataclasses.replace(new, rows=jnp.concatenate([old.rows, new.rows]))
+
+
+def _padded(net: Net, v: Var, form: Form, count: int) -> Form:
+    """The form with rows of zeros up to this number."""
+    if form.count == count:
+        return form
+    form = _written_out(net, v, form)
+    more = jnp.zeros((count - form.count, *v.shape), form.rows.dtype)
+    return dataclasses.replace(form, rows=jnp.concatenate([form.rows, more]))
 
 
 def _offsets(net: Net, v: Var, plane: Planes, form: Form) -> Array:
@@ -290,4 +333,7 @@ def _added(net: Net, v: Var, a: Form, b: Form) -> Form:
         a, b = _written_out(net, v, a), _written_out(net, v, b)
     if a.thin != b.thin:
         a, b = _thick(net, v, a), _thick(net, v, b)
+    if a.count != b.count:
+        most = max(a.count, b.count)
+        a, b = _padded(net, v, a, most), _padded(net, v, b, most)
     return dataclasses.replace(a, rows=a.rows + b.rows)

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.bounds import rounding
-from jaxcert.bounds.backward import Form, entries, memory, pull_back, unit_rows
+from jaxcert.bounds.backward import (
+    Form,
+    ancestors,
+    entries,
+    memory,
+    pull_back_together,
+    unit_rows,
+)
 from jaxcert.bounds.concretise import least
 from jaxcert.bounds.geometry import geometry
 from jaxcert.bounds.planes import Planes
@@ -111,8 +118,20 @@ def concretised(
 
 def least_values(walk: Walk, v: Var, form: Form, planes: Mapping[Var, Planes]) -> Array:
     """Lower bounds (2 r, b) of mirrored rows on v and of their negatives; without the dust."""
-    rows, offset = pull_back(walk.net, planes, v, form)
-    return walk.from_centre(v, form, least(walk.around, rows, walk.outward) + offset)
+    (values,) = least_values_together(walk, {v: form}, planes)
+    return values
+
+
+def least_values_together(
+    walk: Walk, forms: Mapping[Var, Form], planes: Mapping[Var, Planes]
+) -> list[Array]:
+    """`least_values` of the rows on several variables, in one backward pass."""
+    rows, offset = pull_back_together(walk.net, planes, forms)
+    values, found = least(walk.around, rows, walk.outward) + offset, {}
+    for v in (*ancestors(walk.net, planes, *forms), walk.net.input):
+        if v in forms:
+            found[v], values = jnp.split(values, [forms[v].count])
+    return [walk.from_centre(v, form, found[v]) for v, form in forms.items()]
 
 
 def with_dust(walk: Walk, box: Box, dust: Array) -> Box:

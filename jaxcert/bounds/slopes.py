@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcert.bounds.backward import ancestors, unit_rows
+from jaxcert.bounds.backward import Form, ancestors, unit_rows
 from jaxcert.bounds.hidden import (
     least_decided,
     least_values,
+    least_values_together,
     refined,
     replaced,
     rows_that_fit,
@@ -145,33 +146,78 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
     return better
 
 
-def refined_by_slopes(walk: Walk, v: Var, count: int, steps: Any, optimiser: Any) -> Box:
-    """The box of v as `refined` finds it, then with slopes optimised for each of the `count` least
-    decided entries; a chunk of them at a time, which holds two more numbers for each coefficient.
+def tightened(
+    walk: Walk, loose: Sequence[Var], count: int, rounds: Any, steps: int, optimiser: Any
+) -> list[Box]:
+    """The boxes of a walk's hidden values, `walk.refined`, with slopes optimised for each of the
+    `count` least decided entries of those that are loose.
+
+    All hidden values are bounded in one backward pass, which makes for a short program, with planes
+    from the boxes of the round before: what is gained early in the model shows in later layers a
+    round later. It works on a chunk of entries at a time, for the sake of memory.
+
+    Args:
+      walk: run to its end.
+      count, steps: as above; of gradient ascent in each round.
+      rounds: how often; may be traced.
+      optimiser: an optax transformation.
     """
-    walk.boxes[v] = meet(walk.boxes[v], refined(walk, v))
-    index = least_decided(walk, v, min(count, math.prod(walk.net.outer_and_inner(v))))
-    free = _behind(walk, v, free_lines(walk))
-    if not free:
-        return walk.boxes[v]
-    chunk = max(1, rows_that_fit(walk, v) // 4)
+    net, start = walk.net, [walk.boxes[v] for v in walk.refined]
+    goals = {v: min(count, math.prod(net.outer_and_inner(v))) for v in loose}
+    if not goals:
+        return start
+    most = max(goals.values())
+    chunk = max(1, min(rows_that_fit(walk, v) for v in goals) // (4 * len(goals)))
 
-    def some(index: Array) -> tuple[Array, Array]:
-        form = unit_rows(walk.net, v, index, walk.rows_dtype)
+    def once(_, boxes: list[Box]) -> list[Box]:
+        known, now = dict(zip(walk.refined, boxes, strict=True)), walk.again()
+        now.run(lambda _, v: known[v], every=True)
+        free = free_lines(now)
+        index = {v: least_decided(now, v, n) for v, n in goals.items()}
 
-        def values(weights: list[Array]) -> Array:
-            return least_values(walk, v, form, {**walk.planes, **_combined(free, weights)})
+        def part(i: Array, boxes: list[Box]) -> list[Box]:
+            place = i * chunk + jnp.arange(chunk)
+            here = {v: each[jnp.minimum(place, len(each) - 1)] for v, each in index.items()}
+            better = _optimised(now, free, here, optimiser, steps)
+            return [
+                meet(box, replaced(now, v, here[v], better[v])) if v in goals else box
+                for v, box in zip(walk.refined, boxes, strict=True)
+            ]
 
-        best = _best(values, _zeros(walk, free, (2 * len(index),)), optimiser, steps)
-        half = len(best) // 2
-        box = with_dust(walk, Box(best[:half], -best[half:]), walk.dust)
-        return box.lower, box.upper
+        return jax.lax.fori_loop(0, -(-most // chunk), part, boxes)
 
-    parts = -(-len(index) // chunk)
-    padded = index[jnp.minimum(jnp.arange(parts * chunk), len(index) - 1)]
-    ends = jax.lax.map(some, padded.reshape(parts, chunk, -1))
-    low, high = (end.reshape(parts * chunk, -1)[: len(index)] for end in ends)
-    return meet(walk.boxes[v], replaced(walk, v, index, (low, high)))
+    return jax.lax.fori_loop(0, rounds, once, start)
+
+
+def _optimised(
+    walk: Walk, free: Mapping[Var, "Free"], index: Mapping[Var, Array], optimiser: Any, steps: int
+) -> dict[Var, tuple[Array, Array]]:
+    """Bounds (n, b) of some entries (n, b) of several variables, with slopes of their own."""
+    forms = {v: unit_rows(walk.net, v, each, walk.rows_dtype) for v, each in index.items()}
+    counts = _passed(walk, forms)
+    free = {v: free[v] for v in counts if v in free}
+
+    def values(weights: list[Array]) -> Array:
+        planes = {**walk.planes, **_combined(free, weights)}
+        return jnp.concatenate(least_values_together(walk, forms, planes))
+
+    start = [jnp.zeros((counts[v], *v.shape), walk.rows_dtype) for v in free]
+    best, found, place = _best(values, start, optimiser, steps), {}, 0
+    for v, form in forms.items():
+        half = form.count // 2
+        low, high = best[place : place + half], -best[place + half : place + 2 * half]
+        box = with_dust(walk, Box(low, high), walk.dust)
+        found[v], place = (box.lower, box.upper), place + 2 * half
+    return found
+
+
+def _passed(walk: Walk, forms: Mapping[Var, Form]) -> dict[Var, int]:
+    """The variables that rows pass through on their way back, and how many rows have been met."""
+    found, count = {}, 0
+    for v in ancestors(walk.net, walk.planes, *forms):
+        count += forms[v].count if v in forms else 0
+        found[v] = count
+    return found
 
 
 def _zeros(walk: Walk, free: Mapping[Var, "Free"], lead: tuple[int, ...]) -> list[Array]:

@@ -27,12 +27,12 @@ from jaxcert.attacks import gradient
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import pull_back
 from jaxcert.bounds.concretise import least
-from jaxcert.bounds.hidden import with_dust
+from jaxcert.bounds.hidden import refined, with_dust
 from jaxcert.bounds.interpreter import lower, operand
 from jaxcert.bounds.linear import Goal, shifted
 from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import value_at
-from jaxcert.bounds.slopes import Free, free_lines, refined_by_slopes
+from jaxcert.bounds.slopes import Free, free_lines, tightened
 from jaxcert.bounds.walk import Walk, cast, size_of
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question
@@ -61,6 +61,22 @@ class Multipliers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Which hidden values of k sub-domains to cut, the most promising first.
+
+    Attributes:
+      place: which of the n hidden values, int (k, c); negative where there is nothing to cut.
+      cut: where, (k, c).
+      unit: the largest coefficient on each hidden variable, (k, v).
+    """
+
+    place: Array
+    cut: Array
+    unit: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Domains:
     """k sub-domains.
 
@@ -69,6 +85,7 @@ class Domains:
       side: which ends are cuts, int8 (k, n): 1 the lower, 2 the upper, 3 both.
       multipliers: with which `bound` was found.
       bound: below the clause's rows, weighted, (k,).
+      next: what may be split next.
     """
 
     lower: Array
@@ -76,6 +93,7 @@ class Domains:
     side: Array
     multipliers: Multipliers
     bound: Array
+    next: "Candidates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +108,7 @@ class Options:
 
     steps: int = 12
     rate: float = 0.05
-    candidates: int = 4
+    candidates: int = 3
 
 
 def _size(walk: Walk, v: Var) -> int:
@@ -135,6 +153,14 @@ class Pass:
             found[v] = self.walk.net.shaped(values[:, start : start + size], v)
             start += size
         return found
+
+    def spread(self, values: Array) -> Array:
+        """One number per hidden variable (k, v) at each of its values, (k, n)."""
+        parts = [
+            jnp.broadcast_to(values[:, i : i + 1], (len(values), _size(self.walk, v)))
+            for i, v in enumerate(self.hidden)
+        ]
+        return jnp.concatenate([values[:, :0], *parts], 1)
 
     def spec(self, weights: Array) -> Spec:
         """The clause's rows, weighted, as one row; rounding comes off its offset, unless it is one
@@ -212,17 +238,18 @@ class Pass:
 
 
 def improved(
-    some: Pass, start: Multipliers, units: Array, steps: int, rate: float
+    some: Pass, start: Multipliers, units: Array, steps: Any, rate: float
 ) -> tuple[Multipliers, Array, Array]:
     """The best multipliers met on some steps of Adam from `start`, itself included, their bounds
     (k,), and the coefficients (k, *input) there.
 
     Args:
-      units: of the multipliers of hidden values, (k, n): typical sizes of the coefficients there.
+      units: of the multipliers of hidden values, (k, v): sizes of the coefficients there.
     """
     import optax  # here, because it takes longer to load than all the rest
 
     optimiser = optax.adam(optax.exponential_decay(rate, 1, 0.97))
+    units = some.spread(units)
 
     def actual(p: Multipliers) -> Multipliers:
         return dataclasses.replace(p, hidden=p.hidden * units)
@@ -231,7 +258,7 @@ def improved(
         found, slope = some.bound(actual(p))
         return -jnp.sum(jnp.where(jnp.isfinite(found), found, 0.0)), (found, slope)
 
-    def step(carry, _):
+    def step(_, carry):
         p, state, (values, kept) = carry
         ascent, (found, slope) = jax.grad(loss, has_aux=True)(p)
         better = found > values
@@ -241,14 +268,13 @@ def improved(
         values = jnp.where(better, found, values)
         updates, state = optimiser.update(ascent, state)
         p = _allowed(jax.tree.map(jnp.add, p, updates), some.domains.side)
-        return (p, state, (values, kept)), None
+        return p, state, (values, kept)
 
     p = dataclasses.replace(start, hidden=start.hidden / units)
     worst = jnp.full(len(some.domains.bound), -jnp.inf, some.walk.dtype)
     slope = jnp.zeros(some.walk.net.input.shape, some.walk.rows_dtype)
-    state = optimiser.init(p)  # type: ignore[arg-type]
-    carry, _ = jax.lax.scan(step, (p, state, (worst, (p, slope))), None, length=steps + 1)
-    values, (kept, slope) = carry[2]
+    carry = p, optimiser.init(p), (worst, (p, slope))  # type: ignore[arg-type]
+    values, (kept, slope) = jax.lax.fori_loop(0, steps + 1, step, carry)[2]
     return actual(kept), values, slope
 
 
@@ -263,23 +289,8 @@ def _allowed(p: Multipliers, side: Array) -> Multipliers:
 # --- What to split --------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """What is known of the n hidden values of k sub-domains, (k, n) each.
-
-    Attributes:
-      gain: how much each contributes to the gap; not positive where a cut would not help.
-      cut: where it would be cut.
-      unit: the largest coefficient in its layer.
-    """
-
-    gain: Array
-    cut: Array
-    unit: Array
-
-
-def scores(some: Pass, given: Multipliers) -> Scores:
-    """What to split next, by the gaps that the functions leave at these multipliers."""
+def candidates(some: Pass, given: Multipliers, count: int) -> Candidates:
+    """What to split next: where functions leave the largest gaps at these multipliers."""
     walk, net = some.walk, some.walk.net
     seen: dict[Var, Array] = {}
     some.bound(given, seen)
@@ -305,8 +316,11 @@ def scores(some: Pass, given: Multipliers) -> Scores:
         rows = net.flat(jnp.abs(seen[v]), v) if v in seen else none
         size = jnp.max(rows, 1, initial=0.0, keepdims=True)
         size = jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
-        unit.append(jnp.broadcast_to(size.astype(jnp.float32), cut[-1].shape))
-    return Scores(*[jnp.concatenate(parts, 1) for parts in (gain, cut, unit)])
+        unit.append(size.astype(jnp.float32))
+    gains_, cuts_, units = (jnp.concatenate(parts, 1) for parts in (gain, cut, unit))
+    best, place = jax.lax.top_k(gains_, min(count, gains_.shape[1]))
+    place = jnp.where(best > 0, place.astype(jnp.int32), -1)
+    return Candidates(place, jnp.take_along_axis(cuts_, jnp.maximum(place, 0), 1), units)
 
 
 def _cut(walk: Walk, y: Var, x: Var) -> Array:
@@ -349,117 +363,140 @@ def expansion(
     owner: Array, there: Array,
 ) -> Expansion:  # fmt: skip
     """Split a batch of sub-domains and bound the halves. Only inside `enable_x64`."""
-    mine = jax.tree.map(lambda a: a[owner], question)
-    some = Pass(model, arrays, mine, domains)
-    known = scores(some, domains.multipliers)
-    place = _best_split(functools.partial(Pass, model, arrays, mine), options, domains, known)
-    halves = [_half(domains, place, known.cut, upper) for upper in (False, True)]
-    children = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
-    both = jax.tree.map(lambda a: jnp.concatenate([a, a]), mine)
-    multipliers, bound, slope = improved(
-        Pass(model, arrays, both, children), children.multipliers, jnp.tile(known.unit, (2, 1)),
-        options.steps, options.rate,
-    )  # fmt: skip
-    bound = jnp.fmax(bound, children.bound)
-    children = dataclasses.replace(children, multipliers=multipliers, bound=bound)
-
-    # With nothing left to split, the first half is the whole and the second one is not there.
-    whole = jnp.max(known.gain, 1) <= 0
-    keep = jnp.concatenate([there, there & ~whole]) & ~(bound > 0)
-    owners, there = jnp.tile(owner, 2), jnp.tile(there, 2)
+    owners = jnp.tile(owner, 2)
+    both = jax.tree.map(lambda a: a[owners], question)
+    whole = domains.next.place[:, 0] < 0  # then the first half is all of it, the second not there
+    children, slope = _split(functools.partial(Pass, model, arrays, both), options, domains)
+    keep = jnp.concatenate([there, there & ~whole]) & ~(children.bound > 0)
+    stuck = children.next.place[:, 0] < 0
     points = _tries(model, arrays, both, slope)
     points, broken, _ = model.tried(arrays, question, points, owners)
-    stuck = jnp.tile(whole, 2)
-    return Expansion(children, owners, keep, stuck, bound, points, owners, broken & there)
+    broken &= jnp.tile(there, 2)
+    return Expansion(children, owners, keep, stuck, children.bound, points, owners, broken)
 
 
-def _best_split(passes: Any, options: Options, domains: Domains, known: Scores) -> Array:
-    """Among the hidden values with the largest scores, the one whose halves have the best bounds
-    before any ascent: the worse half counts, then the better one."""
-    _, places = jax.lax.top_k(known.gain, min(options.candidates, known.gain.shape[1]))
-    if places.shape[1] == 1:
-        return places[:, 0]
+def _split(passes: Any, options: Options, domains: Domains) -> tuple[Domains, Array]:
+    """The halves (2 k) of k sub-domains, and the coefficients on the input (2 k, *input).
 
-    def halves_of(place: Array) -> Array:
-        def bound(upper: Array) -> Array:
-            half = _half(domains, place, known.cut, upper)
-            low, _ = passes(half).bound(half.multipliers)
-            return jnp.minimum(jnp.where(jnp.isnan(low), -jnp.inf, low), 0.0)
+    Each candidate in turn is split and its halves are bounded before any ascent, then the best one
+    of each sub-domain with ascent. All of that in one loop, since its body takes long to compile.
+    """
+    count = domains.next.place.shape[1]
+    index = jnp.arange(len(domains.bound))
 
-        low, high = jax.lax.map(bound, jnp.array([False, True]))
-        return jnp.minimum(low, high) + 0.1 * jnp.maximum(low, high)
+    def tried(i: Array, carry: Any) -> Any:
+        worth, choice, _ = carry
+        final = i == count
+        now = jnp.where(final, choice, i)
+        place, cut = domains.next.place[index, now], domains.next.cut[index, now]
+        halves = _halves(domains, place, cut)
+        some = passes(halves)
+        units = jnp.tile(domains.next.unit, (2, 1))
+        steps = jnp.where(final, options.steps, 0)
+        multipliers, bound, slope = improved(some, halves.multipliers, units, steps, options.rate)
+        following = jax.lax.cond(
+            final,
+            lambda: candidates(some, multipliers, options.candidates),
+            lambda: jax.tree.map(lambda a: jnp.concatenate([a, a]), domains.next),
+        )
+        bound = jnp.fmax(bound, halves.bound)
+        halves = dataclasses.replace(halves, multipliers=multipliers, bound=bound, next=following)
+        mine = jnp.where(place < 0, -jnp.inf, _worth(bound))
+        better = mine > worth
+        return jnp.where(better, mine, worth), jnp.where(better, i, choice), (halves, slope)
 
-    worth = jax.lax.map(halves_of, places.T)
-    valid = jnp.take_along_axis(known.gain, places, 1).T > 0
-    worth = jnp.where(valid, worth, -jnp.inf)
-    best = jnp.max(worth, 0, keepdims=True)
-    choice = jnp.min(jnp.where(worth == best, jnp.arange(len(worth))[:, None], len(worth) - 1), 0)
-    return jnp.take_along_axis(places, choice[:, None], 1)[:, 0]
+    def nothing(struct: jax.ShapeDtypeStruct) -> Array:
+        return jnp.zeros(struct.shape, struct.dtype)
+
+    worth = jnp.full(len(index), -jnp.inf)
+    choice = jnp.zeros(len(index), jnp.int32)
+    zeros = jax.eval_shape(lambda: tried(jnp.int32(0), (worth, choice, None))[2])
+    start = worth, choice, jax.tree.map(nothing, zeros)
+    return jax.lax.fori_loop(0, count + 1, tried, start)[2]
 
 
-def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
-    """The sub-domains in which one hidden value is below its cut, or above it; all of a sub-domain
-    in which it is so anyway."""
-    inside = (domains.lower < cut) & (cut < domains.upper)
-    here = (jnp.arange(domains.lower.shape[1]) == place[:, None]) & inside
-    return dataclasses.replace(
+def _worth(bounds: Array) -> Array:
+    """How good a split is by the bounds (2 k,) of its halves, (k,): the worse one counts, then the
+    other one; what is proved is as good as can be."""
+    low, high = jnp.minimum(jnp.where(jnp.isnan(bounds), -jnp.inf, bounds), 0.0).reshape(2, -1)
+    return jnp.minimum(low, high) + 0.1 * jnp.maximum(low, high)
+
+
+def _halves(domains: Domains, place: Array, cut: Array) -> Domains:
+    """The sub-domains in which one hidden value is below its cut, then those in which it is above;
+    all of a sub-domain in both where it is so anyway, or where the place is negative."""
+    cut = cut[:, None]
+    here = jnp.arange(domains.lower.shape[1]) == place[:, None]
+    here &= (domains.lower < cut) & (cut < domains.upper)
+    below = dataclasses.replace(
         domains,
-        lower=jnp.where(here & upper, cut, domains.lower),
-        upper=jnp.where(here & ~jnp.asarray(upper), cut, domains.upper),
-        side=jnp.where(here, domains.side | jnp.where(upper, 1, 2).astype(jnp.int8), domains.side),
+        upper=jnp.where(here, cut, domains.upper),
+        side=jnp.where(here, domains.side | jnp.int8(2), domains.side),
     )
+    above = dataclasses.replace(
+        domains,
+        lower=jnp.where(here, cut, domains.lower),
+        side=jnp.where(here, domains.side | jnp.int8(1), domains.side),
+    )
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 
 def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> Array:
     """A point of each set where the linear bound is least, pushed on by a few steps of descent."""
     start = gradient.corner(question.region, slope.astype(jnp.float64))
     objective = model.objective(arrays, question)
-    return gradient.descend(objective, question.region, start, steps=8, size=0.15)[0]
+    return gradient.descend(objective, question.region, start, steps=3, size=0.15)[0]
 
 
 # --- The beginning --------------------------------------------------------------------------------
 
 
 def ranges(
-    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, steps: Any
+    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, rounds: Any
 ) -> tuple[Array, Array, int]:
     """Ranges of the hidden values on n sets, (n, N) in float32 each, and how many lines are free.
 
-    Slopes are optimised for the `count` least decided values of each layer. Only inside
-    `enable_x64`.
+    Slopes are optimised for the `count` least decided values of each layer, `rounds` times over.
+    Only inside `enable_x64`.
     """
     import optax
 
     graph, rows = model.trace(arrays, n)
     walk = Walk(graph, rows, region, True, jnp.float32)
     walk.net = dataclasses.replace(walk.net, reverse_only=True)
+    loose = []
 
     def bound(walk: Walk, v: Var) -> Box:
         if not walk.loose(v):
             return walk.boxes[v]
-        return refined_by_slopes(walk, v, count, steps, optax.adam(0.35))
+        loose.append(v)
+        return refined(walk, v)
 
     walk.run(bound, every=True)
+    boxes = tightened(walk, loose, count, rounds, 10, optax.adam(0.35))
     none = [jnp.zeros((n, 0))]
-    low = [walk.net.flat(walk.boxes[v].lower, v) for v in walk.refined]
-    high = [walk.net.flat(walk.boxes[v].upper, v) for v in walk.refined]
+    low = [walk.net.flat(box.lower, v) for v, box in zip(walk.refined, boxes, strict=True)]
+    high = [walk.net.flat(box.upper, v) for v, box in zip(walk.refined, boxes, strict=True)]
     lower = rounded_down(jnp.concatenate(none + low, 1), jnp.float32)
     upper = rounded_up(jnp.concatenate(none + high, 1), jnp.float32)
     return lower, upper, sum(_size(walk, v) for v in walk.lines)
 
 
 def beginning(
-    model: Traceable, arrays: Any, question: Question, lower: Array, upper: Array, free: int,
-    steps: int,
+    model: Traceable, options: Options, arrays: Any, question: Question, lower: Array, upper: Array,
+    free: int, steps: int,
 ) -> Domains:  # fmt: skip
     """One sub-domain for each of n questions of one clause: the whole set, with these ranges. Only
     inside `enable_x64`."""
+    n = len(lower)
     weights = question.clauses[:, 0].astype(jnp.float32)
     weights = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
-    none = jnp.zeros((len(lower), free), jnp.float32), jnp.zeros_like(lower)
+    start = Multipliers(jnp.zeros((n, free), jnp.float32), jnp.zeros_like(lower), weights)
     side = jnp.zeros(lower.shape, jnp.int8)
-    start = Domains(lower, upper, side, Multipliers(*none, weights), jnp.zeros(len(lower)))
-    some = Pass(model, arrays, question, start)
-    ones = jnp.ones_like(lower)
-    multipliers, bound, _ = improved(some, start.multipliers, ones, steps, 0.3)
-    return dataclasses.replace(start, multipliers=multipliers, bound=bound)
+    nothing = Candidates(*[jnp.zeros((n, 0))] * 3)
+    domains = Domains(lower, upper, side, start, jnp.zeros(n), nothing)
+    some = Pass(model, arrays, question, domains)
+    ones = jnp.ones((n, len(some.hidden)), jnp.float32)
+    multipliers, bound, _ = improved(some, start, ones, steps, 0.3)
+    following = candidates(some, multipliers, options.candidates)
+    return dataclasses.replace(domains, multipliers=multipliers, bound=bound, next=following)

@@ -43,8 +43,7 @@ def settled(
         return False, False, np.zeros(model.shape)
     multipliers, point = found
     bound = _bounded(model, arrays, question, domain, multipliers)
-    start = jnp.asarray(point.reshape(1, *model.shape))
-    points, broken, _ = model.tried(arrays, question, start, jnp.zeros(1, jnp.int32))
+    points, broken = _tried(model, arrays, question, point.reshape(1, *model.shape))
     return bool(bound[0] > 0), bool(broken[0]), np.asarray(points[0])
 
 
@@ -113,12 +112,17 @@ def _solved(
     weights = np.zeros(len(used))
     weights[used] = np.maximum(duals[: len(rows)], 0)
     weights /= max(weights.sum(), 1e-30)
-    given = Multipliers(
-        domain.multipliers.share, jnp.asarray(hidden[None]), jnp.asarray(weights[None])
-    )
+    share: Any = domain.multipliers.share
+    mine: tuple[Any, Any] = hidden[None], weights[None]
+    given = Multipliers(share, *mine)
     return given, np.clip(answer.x[:-2], low, high)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _bounded(model, arrays, question, domain, multipliers) -> Array:
     return Pass(model, arrays, question, domain, jnp.float64).bound(multipliers)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tried(model, arrays, question, points) -> tuple[Array, Array]:
+    return model.tried(arrays, question, points, jnp.zeros(1, jnp.int32))[:2]

@@ -17,7 +17,7 @@ class Pool:
 
     def __init__(self, start, places, n: int, k: int, shape, memory: int):
         size = sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in jax.tree.leaves(start))
-        capacity = max(4 * k + n, min(2**14, memory // max(1, 4 * size)))
+        capacity = max(4 * k + n, min(2**14, memory // max(1, 16 * size)))
         start = jax.tree.map(np.asarray, start)
         stack = search.stack(start, np.zeros((n, *shape)), capacity, 8 * k)
         m = len(places)
@@ -36,11 +36,12 @@ class Pool:
 
     def take_leaves(self) -> Iterator[tuple[Any, int]]:
         """The leaves, each with a leading axis of 1, and their questions."""
-        for i in range(int(self.stack.leaf_count)):
-            yield (
-                jax.tree.map(lambda a, i=i: a[i : i + 1], self.stack.leaves),
-                int(self.stack.leaf_owner[i]),
-            )
+        count = int(self.stack.leaf_count)
+        if count == 0:
+            return
+        leaves, owner = jax.tree.map(np.asarray, (self.stack.leaves, self.stack.leaf_owner))
+        for i in range(count):
+            yield jax.tree.map(lambda a, i=i: a[i : i + 1], leaves), int(owner[i])
         self.stack = dataclasses.replace(self.stack, leaf_count=np.int32(0))
 
     def make_room(self) -> Reason | None:

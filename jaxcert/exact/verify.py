@@ -270,9 +270,12 @@ class _Search:
         here, clause = (np.concatenate([a, np.repeat(a[:1], more)]) for a in (here, clause))
         asked, domains = _each_clause(self.asked, here, clause), None
         waiting = np.arange(len(here)) < n
-        for effort in (0, 20):
-            lower, upper, free = self._ranges(effort)
-            domains = _beginnings(self.model, free, self.arrays, asked, lower[here], upper[here])
+        options, k = activations.Options(), 16
+        for rounds in (0, 2):
+            lower, upper, free = self._ranges(rounds)
+            domains = _beginnings(
+                self.model, options, free, self.arrays, asked, lower[here], upper[here]
+            )
             waiting &= ~(np.asarray(domains.bound) > 0)
             self._settle_proved(here, waiting)
             if not self.outcome.open.any() or self.clock.over(self.outcome):
@@ -281,13 +284,14 @@ class _Search:
         left = np.flatnonzero(waiting & self.outcome.open[here])
         if len(left) == 0:
             return
-        options, k = activations.Options(), 16
 
         def block(state, steps):
             return _hidden_block(self.model, options, k, self.arrays, asked, state, steps)
 
+        on_host = jax.tree.map(np.asarray, asked)
+
         def settle(leaf, i):
-            mine = jax.tree.map(lambda a: a[i : i + 1], asked)
+            mine = jax.tree.map(lambda a: a[i : i + 1], on_host)
             return leaves.settled(self.model, self.arrays, mine, leaf)
 
         if domains.lower.shape[1] == 0:  # an affine model: each sub-domain is a leaf
@@ -303,11 +307,11 @@ class _Search:
         self.outcome.settle(waiting, Status.UNKNOWN, Reason.NUMERICS)
         self.outcome.settle(~waiting, Status.VERIFIED)
 
-    def _ranges(self, effort: int) -> tuple[Array, Array, int]:
+    def _ranges(self, rounds: int) -> tuple[Array, Array, int]:
         n = len(self.outcome.status)
         count = 256
-        steps = jnp.asarray(effort, jnp.int32)
-        lower, upper, free = _ranged(self.model, count, self.arrays, self.asked.region, n, steps)
+        times = jnp.asarray(rounds, jnp.int32)
+        lower, upper, free = _ranged(self.model, count, self.arrays, self.asked.region, n, times)
         return lower, upper, int(free)
 
     def _settle_proved(self, owner: np.ndarray, waiting: np.ndarray) -> None:
@@ -436,23 +440,23 @@ def _attacked(model: Traceable, restarts: int, arrays: Any, asked: Question, key
     return jnp.any(broken, 0), points[first, jnp.arange(n)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _input_block(model, places, k, arrays, asked, state, steps):
     expand = functools.partial(inputs.expansion, model, places, arrays, asked)
     return search.block(expand, k, state, steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _hidden_block(model, options, k, arrays, asked, state, steps):
     expand = functools.partial(activations.expansion, model, options, arrays, asked)
     return search.block(expand, k, state, steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _ranged(model, count, arrays, region, n, steps):
-    return activations.ranges(model, arrays, region, n, count, steps)
+def _ranged(model, count, arrays, region, n, rounds):
+    return activations.ranges(model, arrays, region, n, count, rounds)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _beginnings(model, free, arrays, asked, lower, upper):
-    return activations.beginning(model, arrays, asked, lower, upper, free, 20)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _beginnings(model, options, free, arrays, asked, lower, upper):
+    return activations.beginning(model, options, arrays, asked, lower, upper, free, 20)
