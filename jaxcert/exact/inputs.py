@@ -11,12 +11,16 @@ the question, and with them
   the row;
 - tries the model at a corner and at the centre of each box.
 
+Cuts of the set are functions below themselves: they take part in refutation and contraction as
+members of every clause.
+
 All bounds are proofs: float64 boxes and offsets, float32 coefficients about distances from a centre
 (`bounds/residual.py`).
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +37,9 @@ from jaxcert.bounds.linear import Goal, shifted
 from jaxcert.bounds.slopes import Free, free_lines
 from jaxcert.bounds.walk import Walk
 from jaxcert.exact.model import Traceable
-from jaxcert.exact.question import Question
+from jaxcert.exact.question import Cuts, Question
 from jaxcert.exact.search import Expansion
+from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.graph import Var
 from jaxcert.sets import Array, Box, InputSet, LinfBall, bounding_box, flat_norm
 from jaxcert.specs import Spec
@@ -189,6 +194,35 @@ def _slope_choices(walk: Walk, free: Mapping[Var, Free]) -> list[Array]:
     return [choices(each) for each in free.values()]
 
 
+def cut_functions(cuts: Cuts, places: Places, box: Box) -> Below:
+    """The cuts as functions below themselves on boxes (b, *shape)."""
+    centre = box.lower / 2 + box.upper / 2
+    radius = jnp.maximum(box.upper - centre, centre - box.lower).reshape(len(centre), 1, -1)
+    matrix = jnp.asarray(cuts.matrix)
+    fixed = jnp.abs(matrix).at[..., np.array(places.varying, int)].set(0.0)
+    lost = rounding.inflate(jnp.sum(fixed * radius, -1), fixed.shape[-1])
+    low = cuts.at(centre).lower - lost * (1 + 8 * rounding.UNIT)
+    offset = rounding.widen(Box(low, low), rounding.ARITHMETIC).lower
+    varying = matrix[..., np.array(places.varying, int)]
+    return Below(varying, offset, places.pick(centre), jnp.full_like(offset, -jnp.inf))
+
+
+def tightened(question: Question, dtype: Any) -> tuple[Box, Array]:
+    """What the cuts leave of the sets' boxes, between numbers of the inputs' type where the boxes
+    are, and which sets are seen to be empty, (n,)."""
+    box = bounding_box(question.region)
+    n, *shape = box.lower.shape
+    places = Places(tuple(shape), tuple(range(math.prod(shape))))
+    low, high, alive = box.lower.reshape(n, -1), box.upper.reshape(n, -1), jnp.ones((n, 1), bool)
+    every = jnp.ones((n, 1, question.cuts.count), bool)
+    below = cut_functions(question.cuts, places, box)
+    for _ in range(4):
+        low, high, alive = contracted(below, low, high, every, alive)
+    low = rounded_down(low.reshape(box.lower.shape), dtype).astype(low.dtype)
+    high = rounded_up(high.reshape(box.lower.shape), dtype).astype(high.dtype)
+    return Box(jnp.maximum(low, box.lower), jnp.minimum(high, box.upper)), ~alive[:, 0]
+
+
 # --- Which input to split -------------------------------------------------------------------------
 #
 # The gap between a row and the function below it comes from the nonlinear functions: each adds its
@@ -272,13 +306,18 @@ def expansion(
     count = mine.matrix.shape[1]
     clauses = jnp.tile(mine.clauses, (1, 1, below.offset.shape[1] // count))
 
-    open_ = jnp.any(clauses, -1) & ~jnp.any((below.value[:, None] > 0) & clauses, -1)
+    open_ = jnp.any(clauses, -1)
+    below, clauses = _with_cuts(
+        below, clauses, cut_functions(mine.cuts, places, box_of(region, True))
+    )
+    open_ &= ~jnp.any((below.value[:, None] > 0) & clauses, -1)
     open_ &= _meets(mine.region, region)[:, None]
     low, high, alive = contracted(below, boxes.lower, boxes.upper, clauses, open_)
     keep = there & jnp.any(alive, 1)
     row, functions = _hardest(below, mine.clauses, alive, low, high)
     scores = blame(walk, mine.rows, row, places)
     scores = scores + 1e-6 * jnp.abs(functions) * (boxes.upper - boxes.lower)
+    scores = _with_borders(scores, below, low, high, mine.cuts.count)
     wide = (high - low) > 2.0**-40 * jnp.maximum(jnp.abs(low), jnp.abs(high))
     left = (high - low) / jnp.where(boxes.upper > boxes.lower, boxes.upper - boxes.lower, 1.0)
     scores = jnp.where(jnp.isfinite(scores), scores, 0.0)
@@ -302,6 +341,38 @@ def expansion(
         jnp.tile(worth, 2), points, jnp.tile(owner, 2),
         broken & jnp.tile(there, 2),
     )  # fmt: skip
+
+
+def _with_cuts(below: Below, clauses: Array, cuts: Below) -> tuple[Below, Array]:
+    """Functions below rows and, behind them, cuts, which belong to each clause that has rows."""
+    b, p = cuts.offset.shape
+    if p == 0:
+        return below, clauses
+    some = jnp.broadcast_to(jnp.any(clauses, -1, keepdims=True), (b, clauses.shape[1], p))
+    matrix, offset, value = (
+        jnp.concatenate([mine, more], 1)
+        for mine, more in zip(
+            (below.matrix, below.offset, below.value),
+            (cuts.matrix, cuts.offset, cuts.value),
+            strict=True,
+        )
+    )
+    return Below(matrix, offset, below.centre, value), jnp.concatenate([clauses, some], -1)
+
+
+def _with_borders(scores: Array, below: Below, lower: Array, upper: Array, count: int) -> Array:
+    """Scores of inputs with a share for those along which the last `count` functions, the cuts, go
+    through the boxes: half of what the other inputs have, as far as there are any."""
+    if count == 0:
+        return scores
+    moves = jnp.abs(below.matrix[:, -count:]) * (upper - lower)[:, None]
+    whole = jnp.sum(moves, 2, keepdims=True)
+    middle = (lower / 2 + upper / 2 - below.centre)[:, None]
+    value = jnp.sum(below.matrix[:, -count:] * middle, 2) + below.offset[:, -count:]
+    through = (jnp.abs(value) < whole[..., 0] / 2)[..., None]
+    share = jnp.max(jnp.where(through, moves / jnp.where(whole > 0, whole, 1.0), 0.0), 1)
+    top = jnp.max(jnp.where(jnp.isfinite(scores), scores, 0.0), 1, keepdims=True)
+    return scores + (top / 2 + 2.0**-100) * share
 
 
 def _part(region: InputSet, places: Places, boxes: Boxes) -> InputSet:

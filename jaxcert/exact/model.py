@@ -10,7 +10,7 @@ from jaxcert.attacks.gradient import Objective
 from jaxcert.bounds.interval import interval_bounds
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
-from jaxcert.sets import Array, Box, InputSet, contains, per_example
+from jaxcert.sets import Array, Box, contains, per_example, project
 from jaxcert.tracing import Traced, trace_float64
 
 
@@ -54,11 +54,7 @@ class Traceable:
         """Points as close by as the input's type allows, where the model breaks the property there,
         in its own arithmetic as well as in float64, and how far it is from it, (p,)."""
         mine = jax.tree.map(lambda a: a[owner], question)
-        if not isinstance(mine.region, Box):  # off the surface, where rounding matters
-            points = mine.region.x + (1 - 2.0**-20) * (points - mine.region.x)
-        rounded = points.astype(self.dtype).astype(points.dtype)
-        fits = per_example(_surely_in(mine.region, rounded), points)
-        points = jnp.where(fits, rounded, points)
+        points = placed(mine, points, self.dtype)
 
         def at(arrays: Any, x: Array, mode: bool) -> Array:
             with jax.enable_x64(mode):
@@ -74,12 +70,45 @@ class Traceable:
             box = interval_bounds(graph, rows, Box(points, points), mine.rows, True)
             wide = jnp.min(shortfall(box.upper, mine.clauses), 1)
         worst = jnp.maximum(own, wide)
-        broken = (worst <= 0) & _surely_in(mine.region, points)
+        broken = (worst <= 0) & surely_in(mine, points)
         return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
 
-def _surely_in(region: InputSet, x: Array) -> Array:
-    """Whether each point lies in its set, rounding of the norm counted."""
+def placed(question: Question, points: Array, dtype: Any) -> Array:
+    """Points near others that the input's type represents, if there are such in the sets.
+
+    Where there are cuts, inputs that rounding would move out of the box become ends of it, and of
+    three candidates the first that surely satisfies the cuts is taken: the projection on cuts that
+    are moved inward by more than rounding, by more than the projection's error, or not at all.
+    """
+    region, cuts = question.region, question.cuts
+    if not isinstance(region, Box):  # off the surface, where rounding matters
+        points = region.x + (1 - 2.0**-20) * (points - region.x)
+    if not cuts.count:
+        rounded = points.astype(dtype).astype(points.dtype)
+        fits = per_example(surely_in(question, rounded), points)
+        return jnp.where(fits, rounded, points)
+    assert isinstance(region, Box)
+
+    def snapped(x: Array) -> Array:
+        return jnp.clip(x.astype(dtype).astype(x.dtype), region.lower, region.upper)
+
+    def moved(reach: Array) -> Array:
+        inward = jnp.sum(jnp.abs(cuts.matrix) * reach.reshape(len(reach), 1, -1), 2)
+        return snapped(project(question.whole(inward), points))
+
+    size = jnp.maximum(jnp.abs(region.lower), jnp.abs(region.upper))
+    slight = 2 * float(jnp.finfo(dtype).eps) * size
+    more = slight + 2.0**-8 * (region.upper - region.lower)
+    found, *inner = jax.vmap(moved)(jnp.stack([0 * size, more, slight]))
+    for each in inner:
+        found = jnp.where(per_example(cuts.surely_hold(each), each), each, found)
+    return found
+
+
+def surely_in(question: Question, x: Array) -> Array:
+    """Whether each point lies in its set, rounding of norms and cuts counted."""
+    region = question.region
     if not isinstance(region, Box):
         region = dataclasses.replace(region, eps=region.eps * (1 - 2.0**-36))
-    return contains(region, x)
+    return contains(region, x) & question.cuts.surely_hold(x)
