@@ -458,7 +458,7 @@ def _half(domains: Domains, place: Array, cut: Array, upper: Any) -> Domains:
 
 def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> Array:
     """A point of each set where the linear bound is least, pushed on by a few steps of descent."""
-    region = question.whole()
+    region = question.whole
     start = gradient.corner(region, slope.astype(jnp.float64))
     objective = model.objective(arrays, question)
     return gradient.descend(objective, region, start, steps=8, size=0.15)[0]

@@ -77,9 +77,9 @@ class Traceable:
 def placed(question: Question, points: Array, dtype: Any) -> Array:
     """Points near others that the input's type represents, if there are such in the sets.
 
-    Where there are cuts, inputs that rounding would move out of the box become ends of it, and of
-    three candidates the first that surely satisfies the cuts is taken: the projection on cuts that
-    are moved inward by more than rounding, by more than the projection's error, or not at all.
+    Where there are cuts, inputs that rounding would move out of the box become ends of it. Points
+    are projected on the set and drawn inside, by more than rounding; what does not surely satisfy
+    the cuts then, as in a set without interior, stays where it was projected.
     """
     region, cuts = question.region, question.cuts
     if not isinstance(region, Box):  # off the surface, where rounding matters
@@ -93,17 +93,15 @@ def placed(question: Question, points: Array, dtype: Any) -> Array:
     def snapped(x: Array) -> Array:
         return jnp.clip(x.astype(dtype).astype(x.dtype), region.lower, region.upper)
 
-    def moved(reach: Array) -> Array:
-        inward = jnp.sum(jnp.abs(cuts.matrix) * reach.reshape(len(reach), 1, -1), 2)
-        return snapped(project(question.whole(inward), points))
-
-    size = jnp.maximum(jnp.abs(region.lower), jnp.abs(region.upper))
-    slight = 2 * float(jnp.finfo(dtype).eps) * size
-    more = slight + 2.0**-8 * (region.upper - region.lower)
-    found, *inner = jax.vmap(moved)(jnp.stack([0 * size, more, slight]))
-    for each in inner:
-        found = jnp.where(per_example(cuts.surely_hold(each), each), each, found)
-    return found
+    near = project(question.whole, points)
+    inner = cuts.inner.reshape(near.shape)
+    size = jnp.maximum(jnp.abs(region.lower), jnp.abs(region.upper)).reshape(len(near), 1, -1)
+    margin = 2 * float(jnp.finfo(dtype).eps) * jnp.sum(jnp.abs(cuts.matrix) * size, 2)
+    here, there = (cuts.at(x).upper + margin for x in (near, inner))
+    share = jnp.where(here > 0, here / jnp.where(here > there, here - there, 1.0), 0.0)
+    share = jnp.minimum(jnp.max(share, 1), 1.0)
+    drawn = snapped(near + per_example(share, near) * (inner - near))
+    return jnp.where(per_example(cuts.surely_hold(drawn), near), drawn, snapped(near))
 
 
 def surely_in(question: Question, x: Array) -> Array:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
 from jaxcert.bounds import rounding
 from jaxcert.sets import AnySet, Array, Box, InputSet, Polytope, like, uncut
@@ -38,10 +39,13 @@ class Cuts:
     Attributes:
       matrix: (n, p, d).
       offset: (n, p).
+      inner: a point far inside of each set, to draw others inside; NaN where none was found, and
+        nothing, (n, 0), where there are no cuts.
     """
 
     matrix: Any
     offset: Any
+    inner: Any
 
     @property
     def count(self) -> int:
@@ -89,7 +93,7 @@ def cuts_of(region: AnySet, n: int, d: int) -> Cuts:
       ValueError: numbers so far apart that sums of products might overflow or underflow.
     """
     if not isinstance(region, Polytope):
-        return Cuts(np.zeros((n, 0, d)), np.zeros((n, 0)))
+        return Cuts(np.zeros((n, 0, d)), np.zeros((n, 0)), np.zeros((n, 0)))
     matrix, offset = (np.asarray(a, np.float64) for a in (region.matrix, region.offset))
     per_set = matrix.ndim > np.ndim(region.lower)
     matrix = matrix.reshape(*matrix.shape[: 1 + per_set], d)
@@ -109,7 +113,24 @@ def cuts_of(region: AnySet, n: int, d: int) -> Cuts:
             "the coefficients and the offset of a linear inequality must be 0 or within a factor "
             "of 2^400 of the largest coefficient, and the box within 2^400 of 0"
         )
-    return Cuts(matrix, offset)
+    if matrix.shape[1] == 0:
+        return Cuts(matrix, offset, np.zeros((n, 0)))
+    low, high = ends.reshape(2, n, d)
+    inner = [_inner(*parts) for parts in zip(low, high, matrix, offset, strict=True)]
+    return Cuts(matrix, offset, np.stack(inner))
+
+
+def _inner(low: Any, high: Any, matrix: Any, offset: Any) -> np.ndarray:
+    """A point of one set for which the least slack of all cuts, in units of what they vary over the
+    box, is largest, or NaN."""
+    size = np.abs(matrix) @ (high - low)
+    found = optimize.linprog(
+        np.append(np.zeros(len(low)), -1.0),
+        np.append(matrix, size[:, None], 1),
+        -offset,
+        bounds=[*zip(low, high, strict=True), (0, 1)],
+    )
+    return np.clip(found.x[:-1], low, high) if found.status == 0 else np.full(len(low), np.nan)
 
 
 @jax.tree_util.register_dataclass
@@ -135,14 +156,15 @@ class Question:
         """The rows as a spec."""
         return Spec(self.matrix, self.offset)
 
-    def whole(self, inward: Any = 0.0) -> AnySet:
-        """The sets with their cuts, which may be moved inward by so much, (n, p)."""
+    @property
+    def whole(self) -> AnySet:
+        """The sets with their cuts."""
         if not self.cuts.count:
             return self.region
         assert isinstance(self.region, Box)
         lower, upper = self.region.lower, self.region.upper
         matrix = self.cuts.matrix.reshape(len(lower), self.cuts.count, *lower.shape[1:])
-        return Polytope(lower, upper, matrix, self.cuts.offset + inward)
+        return Polytope(lower, upper, matrix, self.cuts.offset)
 
 
 def question(region: AnySet, prop: Property, n: int, k: int) -> Question:

@@ -405,6 +405,7 @@ def _padded(asked: Question, clauses: int, rows: int, cuts: int) -> Question:
         Cuts(
             np.pad(asked.cuts.matrix, [(0, 0), (0, extra), (0, 0)]),
             np.pad(asked.cuts.offset, [(0, 0), (0, extra)], constant_values=-1.0),
+            asked.cuts.inner,
         ),
         np.pad(asked.matrix, [(0, 0), (0, more[1]), (0, 0)]),
         np.pad(asked.offset, [(0, 0), (0, more[1])]),
@@ -445,8 +446,8 @@ def _attacked(model: Traceable, restarts: int, arrays: Any, asked: Question, key
     target = (jnp.arange(n * restarts) // n) % count
     only = jnp.arange(mine.clauses.shape[1]) == target[:, None]
     dealt = dataclasses.replace(mine, clauses=mine.clauses & only[..., None])
-    start = gradient.uniform(key, mine.whole())
-    points, _ = gradient.descend(model.objective(arrays, dealt), mine.whole(), start, steps=40)
+    start = gradient.uniform(key, mine.whole)
+    points, _ = gradient.descend(model.objective(arrays, dealt), mine.whole, start, steps=40)
     points, broken, _ = model.tried(arrays, asked, points, place)
     broken = broken.reshape(restarts, n)
     first = inputs.first(broken.T.astype(jnp.int32))
