@@ -74,7 +74,8 @@ class Cuts:
         size = jnp.sum(jnp.abs(terms), 2) + jnp.abs(self.offset)
         q = jnp.min(_lowest_bit(self.matrix) * _lowest_bit(flat), 2, initial=jnp.inf)
         q = jnp.minimum(q, _lowest_bit(self.offset))
-        exact = (size <= 2.0**52 * q) & (q > 1 / LARGEST**2)  # else, products may underflow
+        exact = size <= (2.0**53 - 2.0**30) * q
+        exact &= q > 1 / LARGEST**2  # else, products may underflow
         return jnp.all((self.at(x).upper <= 0) | (exact & (total <= 0)), 1)
 
 

