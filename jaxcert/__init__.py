@@ -28,6 +28,7 @@ from jaxcert.sets import Box as Box
 from jaxcert.sets import L1Ball as L1Ball
 from jaxcert.sets import L2Ball as L2Ball
 from jaxcert.sets import LinfBall as LinfBall
+from jaxcert.sets import Polytope as Polytope
 from jaxcert.specs import AllOf as AllOf
 from jaxcert.specs import AnyOf as AnyOf
 from jaxcert.specs import Spec as Spec

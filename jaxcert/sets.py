@@ -1,13 +1,14 @@
 """Input sets: where a perturbed input may lie.
 
 A set is a frozen pytree of arrays, batch axis first: `Box(lower, upper)`, `LinfBall(x, eps)`,
-`L2Ball(x, eps)`, `L1Ball(x, eps)`. A ball may carry a valid box (pixels in [0, 1]); the set is then
-their intersection. Constructors check nothing, because JAX rebuilds pytrees with tracers and
-placeholders inside; every entry point of the library calls `checked`.
+`L2Ball(x, eps)`, `L1Ball(x, eps)`, `Polytope(lower, upper, matrix, offset)`. A ball may carry a
+valid box (pixels in [0, 1]); the set is then their intersection. Constructors check nothing,
+because JAX rebuilds pytrees with tracers and placeholders inside; every entry point of the library
+calls `checked`.
 """
 
 import dataclasses
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,38 @@ class L1Ball(_Ball):
     norm: ClassVar[float] = 1.0
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Polytope:
+    """All x of a box that satisfy linear inequalities: lower <= x <= upper, matrix x + offset <= 0.
+
+    `exact.verify` decides about the set itself. The methods of `bounds`, which know boxes and
+    balls, bound on the whole box: their bounds hold, but do not become tighter by the inequalities.
+    The set may be empty; every property holds on it then.
+
+    Attributes:
+      lower, upper: the box, (b, *input) each.
+      matrix: the rows of p inequalities, (b, p, *input), or (p, *input) for all examples.
+      offset: (b, p), (p,) or a number.
+
+    Example:
+      >>> triangle = Polytope(jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2)), -1.0)
+      >>> print(contains(triangle, jnp.array([[0.25, 0.5]])), project(triangle, jnp.ones((1, 2))))
+      [ True] [[0.5 0.5]]
+    """
+
+    lower: Any
+    upper: Any
+    matrix: Any
+    offset: Any
+
+
 Ball: TypeAlias = LinfBall | L2Ball | L1Ball
 InputSet: TypeAlias = Box | LinfBall | L2Ball | L1Ball
+AnySet: TypeAlias = Box | LinfBall | L2Ball | L1Ball | Polytope
+_Set = TypeVar("_Set", bound=AnySet)
+
+ROUNDS = 32  # of the iteration that projects on a polytope
 
 
 def per_example(value: Any, like: Any) -> Array:
@@ -87,10 +118,21 @@ def flat_norm(delta: Array, norm: float) -> Array:
     return jnp.linalg.norm(delta.reshape(delta.shape[0], -1), ord=norm, axis=1)
 
 
-def bounding_box(region: InputSet) -> Box:
-    """The smallest box around a set, rounded to nearest (proofs widen it afterwards)."""
-    if isinstance(region, Box):
-        return region
+def like(region: AnySet) -> Any:
+    """An array with the shape and the type of the set's inputs."""
+    return region.lower if isinstance(region, Box | Polytope) else region.x
+
+
+def uncut(region: AnySet) -> InputSet:
+    """The set without linear inequalities, which is larger."""
+    return Box(region.lower, region.upper) if isinstance(region, Polytope) else region
+
+
+def bounding_box(region: AnySet) -> Box:
+    """The smallest box around a set, rounded to nearest (proofs widen it afterwards); the box that
+    a `Polytope` was cut from."""
+    if isinstance(region, Box | Polytope):
+        return Box(region.lower, region.upper)
     eps = per_example(region.eps, region.x)
     lower, upper = region.x - eps, region.x + eps
     if region.valid is not None:
@@ -99,9 +141,13 @@ def bounding_box(region: InputSet) -> Box:
     return Box(lower, upper)
 
 
-def contains(region: InputSet, x: Array) -> Array:
+def contains(region: AnySet, x: Array) -> Array:
     """Whether each x of the batch lies in its set, (b, *input) -> bool (b,)."""
     axes = tuple(range(1, jnp.ndim(x)))
+    if isinstance(region, Polytope):
+        matrix, offset = _rows(region, x)
+        below = jnp.sum(matrix * x[:, None], tuple(range(2, matrix.ndim))) + offset <= 0
+        return contains(uncut(region), x) & jnp.all(below, 1)
     box = region if isinstance(region, Box) else region.valid
     inside = jnp.ones(x.shape[0], bool)
     if box is not None:
@@ -111,13 +157,26 @@ def contains(region: InputSet, x: Array) -> Array:
     return inside & (flat_norm(x - region.x, region.norm) <= region.eps)
 
 
-def project(region: InputSet, x: Array) -> Array:
+def _rows(region: Polytope, x: Any) -> tuple[Array, Array]:
+    """The inequalities of each example, (b, p, *input) and (b, p), in the type of x."""
+    matrix = jnp.asarray(region.matrix, x.dtype)
+    shape = (x.shape[0], matrix.shape[matrix.ndim - x.ndim], *x.shape[1:])
+    offset = jnp.asarray(region.offset, x.dtype)
+    return jnp.broadcast_to(matrix, shape), jnp.broadcast_to(offset, shape[:2])
+
+
+def project(region: AnySet, x: Array) -> Array:
     """The point of the set nearest to x in L2, per example.
+
+    For a polytope the point is that of an iteration of `ROUNDS` rounds: always in the box, but near
+    the nearest point of the set only, and maybe outside of some inequalities.
 
     For a ball of norm p cut by a box, the minimiser of |z - x|^2 under the multiplier t of the
     norm constraint is separable and |z(t) - centre|_p falls with t, so t is found by bisection.
     """
     box = bounding_box(region)
+    if isinstance(region, Polytope):
+        return _projected(region, x)
     if isinstance(region, Box | LinfBall):
         return jnp.clip(x, box.lower, box.upper)
 
@@ -148,12 +207,39 @@ def project(region: InputSet, x: Array) -> Array:
     return candidate(jnp.where(already_inside, 0.0, high))
 
 
-def sample(key: Array, region: InputSet, n: int) -> Array:
+def _projected(region: Polytope, x: Array) -> Array:
+    """Hildreth's method: with the right multipliers m >= 0 of the inequalities a z + b <= 0, the
+    nearest point is z(m) = clip(x - sum_i m_i a_i), and (a_i z + b_i) / |a_i|^2 is a step of ascent
+    on the dual that never overshoots; inequalities take turns."""
+    matrix, offset = _rows(region, x)
+    axes = tuple(range(1, x.ndim))
+
+    def turn(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        moved, m = carry
+        i = t % matrix.shape[1]
+        row, b = (jax.lax.dynamic_index_in_dim(a, i, 1, False) for a in (matrix, offset))
+        value = jnp.sum(row * jnp.clip(moved, region.lower, region.upper), axes) + b
+        size = jnp.sum(jnp.square(row), axes)
+        mine = jax.lax.dynamic_index_in_dim(m, i, 1, False)
+        step = jnp.where(size > 0, value / jnp.where(size > 0, size, 1.0), 0.0)
+        step = jnp.maximum(step, -mine)
+        m = jax.lax.dynamic_update_index_in_dim(m, mine + step, i, 1)
+        return moved - per_example(step, x) * row, m
+
+    start = x, jnp.zeros_like(offset)
+    if matrix.shape[1]:
+        start = jax.lax.fori_loop(0, ROUNDS * matrix.shape[1], turn, start)
+    return jnp.clip(start[0], region.lower, region.upper)
+
+
+def sample(key: Array, region: AnySet, n: int) -> Array:
     """n points of each example's set, (n, b, *input); not uniform for cut balls, always inside.
 
     Half of the draws are pushed to the boundary, where bounds fail first. Points are inside up to
-    float rounding.
+    float rounding; those of a polytope are projections of points of its box, see `project`.
     """
+    if isinstance(region, Polytope):
+        return jax.vmap(lambda x: project(region, x))(sample(key, uncut(region), n))
     box = bounding_box(region)
     shape = (n, *jnp.shape(box.lower))
     inner, outer = jax.random.split(key)
@@ -175,18 +261,24 @@ def _alternate(n: int, like: Array) -> Array:
     return (jnp.arange(n) % 2 == 0).reshape((n,) + (1,) * (like.ndim - 1))
 
 
-def checked(region: InputSet) -> InputSet:
+def checked(region: _Set) -> _Set:
     """The set with its shapes, dtypes and, where they are concrete, its values checked.
 
     Wrong shapes, dtypes and concrete values raise. Traced values cannot raise: an example whose
     set is invalid gets NaN ends, from which no method can prove anything. A Python eps is rounded
     up to the default float type, so that the ball covers the radius that was asked for.
     """
+    return _checked(region)  # type: ignore[return-value]
+
+
+def _checked(region: AnySet) -> AnySet:
     if isinstance(region, Box):
         return _checked_box(region)
+    if isinstance(region, Polytope):
+        return _checked_polytope(region)
     if not isinstance(region, LinfBall | L2Ball | L1Ball):
         raise TypeError(
-            f"expected a Box, LinfBall, L2Ball or L1Ball, got {type(region).__name__}; "
+            f"expected a Box, LinfBall, L2Ball, L1Ball or Polytope, got {type(region).__name__}; "
             "wrap the inputs: LinfBall(x, eps)"
         )
     _require_float_batch(region.x, "x")
@@ -227,6 +319,42 @@ def _checked_box(box: Box) -> Box:
     row_ok = jnp.all(ordered, axis=tuple(range(1, jnp.ndim(box.lower))))
     row_ok = per_example(row_ok, box.lower)
     return Box(jnp.where(row_ok, box.lower, jnp.nan), jnp.where(row_ok, box.upper, jnp.nan))
+
+
+def _checked_polytope(region: Polytope) -> Polytope:
+    box = _checked_box(Box(region.lower, region.upper))
+    shape, matrix, offset = jnp.shape(box.lower), region.matrix, region.offset
+    _require_float(matrix, "matrix")
+    if hasattr(offset, "dtype"):
+        _require_float(offset, "offset")
+    lead = jnp.shape(matrix)[: max(jnp.ndim(matrix) - len(shape) + 1, 0)]
+    fits = jnp.shape(matrix) == (*lead, *shape[1:])
+    if not fits or len(lead) not in (1, 2) or lead[:-1] not in ((), shape[:1]):
+        raise ValueError(
+            f"matrix must have shape (p, *input) or (b, p, *input) with inputs {shape[1:]} and b = "
+            f"{shape[0]}, got {jnp.shape(matrix)}"
+        )
+    if jnp.shape(offset) not in ((), lead[-1:], (shape[0], lead[-1])):
+        raise ValueError(
+            f"offset must be a number, ({lead[-1]},) or ({shape[0]}, {lead[-1]}) for {lead[-1]} "
+            f"inequalities, got shape {jnp.shape(offset)}"
+        )
+    _require_or(matrix, np.isfinite, "matrix must be finite")
+    _require_or(offset, np.isfinite, "offset must be finite")
+    if not is_traced(region):
+        return Polytope(box.lower, box.upper, matrix, offset)
+    rows = jnp.broadcast_to(matrix, (shape[0], lead[-1], *shape[1:]))
+    good = jnp.all(jnp.isfinite(rows), axis=tuple(range(1, rows.ndim)))
+    good &= jnp.all(jnp.isfinite(jnp.broadcast_to(offset, rows.shape[:2])), axis=1)
+    good = per_example(good, box.lower)
+    lower, upper = (jnp.where(good, end, jnp.nan) for end in (box.lower, box.upper))
+    return Polytope(lower, upper, matrix, offset)
+
+
+def _require_float(x: Any, name: str) -> None:
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        found = x.dtype if hasattr(x, "dtype") else type(x).__name__
+        raise TypeError(f"{name} must be an array of floating point numbers, got {found}")
 
 
 def _require_float_batch(x: Any, name: str) -> None:

@@ -186,9 +186,32 @@ def test_what_is_no_counterexample_is_not_printed(here, capsys, monkeypatch):
     pathlib.Path("cut.vnnlib").write_text(HEAD + BOX + cut)
     status, out, err = verify(capsys, "net.onnx", "cut.vnnlib")
     assert (status, out) == (11, ["unknown"])
-    assert "constraints between inputs" in err[0]
+    assert "constraints on inputs" in err[0]
     fake(monkeypatch, Status.FALSIFIED, point=(-0.5, 0.25))
     assert verify(capsys, "net.onnx", "cut.vnnlib")[0] == 10
+
+
+def test_constraints_between_inputs_count(here, capsys):
+    """|x_0| + |x_1| is at least 0.2 where x_0 + x_1 is, and at least 0 on the box."""
+    at_least, level = "(assert (>= (+ X_0 X_1) 0.2))", "(assert (<= Y_0 {}))"
+    texts = {
+        "safe": at_least + level.format(0.19),
+        "unsafe": at_least + level.format(0.21),
+        "empty": "(assert (<= (* 3 X_0) (+ X_1 (- 3))))" + level.format(10),
+    }
+    for name, text in texts.items():
+        pathlib.Path(f"{name}.vnnlib").write_text(HEAD + BOX + text)
+    assert verify(capsys, "net.onnx", "safe.vnnlib")[:2] == (0, ["unsat"])
+    status, out, err = verify(capsys, "net.onnx", "safe.vnnlib", "--proof", "p.npz")
+    assert (status, out) == (14, ["unsat"])
+    assert "without constraints between inputs" in err[-1]
+    assert verify(capsys, "net.onnx", "empty.vnnlib")[:2] == (0, ["unsat"])
+    status, out, _ = verify(capsys, "net.onnx", "unsafe.vnnlib")
+    assert (status, out[0]) == (10, "sat")
+    (case,) = vnnlib.read("unsafe.vnnlib").cases
+    found = re.findall(r"\(([XY])_[0-9] (\S+?)\)", " ".join(out[1:]))
+    assert case.contains([Fraction(value) for kind, value in found if kind == "X"])
+    assert case.violated_by([Fraction(value) for kind, value in found if kind == "Y"])
 
 
 @pytest.mark.parametrize(

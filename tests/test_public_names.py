@@ -9,7 +9,7 @@ import jaxcert
 NAMES = {
     jaxcert: """
         ABSTAIN AllOf AnyOf Box Certificate DataDependent JaxcertError L1Ball L2Ball LinfBall
-        MixedRows NotProved ProofRejected Reason RecordMismatch Spec StatefulModel Status
+        MixedRows NotProved Polytope ProofRejected Reason RecordMismatch Spec StatefulModel Status
         UnsupportedEquation UnsupportedOperator Verdict VnnlibError explain margins
     """,
     jaxcert.bounds: """

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize
 
+from jaxcert import bounds
 from jaxcert.sets import (
     Box,
     L1Ball,
     L2Ball,
     LinfBall,
+    Polytope,
     bounding_box,
     checked,
     contains,
@@ -20,6 +22,7 @@ from jaxcert.sets import (
     per_example,
     project,
     sample,
+    uncut,
 )
 
 rng = np.random.default_rng(0)
@@ -146,6 +149,77 @@ def test_sets_are_pytrees(region):
     if getattr(region, "valid", None) is not VALID:
         each = jax.vmap(lambda r: bounding_box(jax.tree.map(lambda a: a[None], r)).upper[0])(region)
         assert np.allclose(each, bounding_box(region).upper)
+
+
+def polytope(cuts=3):
+    """A random one for each centre, which has the centre well inside."""
+    matrix = jnp.asarray(rng.normal(size=(5, cuts, 4)), jnp.float32)
+    offset = -jnp.sum(matrix * CENTRES[:, None], 2) - 0.1
+    return Polytope(CENTRES - 1, CENTRES + 0.5, matrix, offset)
+
+
+def test_projection_on_a_polytope_against_scipy():
+    region, x = polytope(), np.float32(rng.normal(size=(5, 4)) * 2)
+    got = np.asarray(project(region, jnp.asarray(x)), np.float64)
+    for i in range(5):
+        low, high, matrix, offset = (np.asarray(a[i], np.float64) for a in jax.tree.leaves(region))
+        best = optimize.minimize(
+            lambda z, i=i: ((z - x[i]) ** 2).sum(), np.asarray(CENTRES[i], np.float64),
+            bounds=list(zip(low, high, strict=True)), method="SLSQP", options={"ftol": 1e-12},
+            constraints=[{"type": "ineq", "fun": lambda z, m=matrix, b=offset: -(m @ z + b)}],
+        )  # fmt: skip
+        assert (low <= got[i]).all()
+        assert (got[i] <= high).all()
+        assert (matrix @ got[i] + offset <= 2e-2).all()
+        assert np.allclose(got[i], best.x, atol=5e-2)
+
+
+def test_polytopes_are_cut_boxes():
+    region = polytope()
+    assert contains(region, CENTRES).all()
+    beyond = CENTRES + 0.4 * region.matrix[:, 0] / jnp.abs(region.matrix[:, 0]).sum(1)[:, None]
+    rows = np.einsum("bpi,bi->bp", *(np.asarray(a) for a in (region.matrix, beyond)))
+    assert (contains(region, beyond) == (rows + region.offset <= 0).all(1)).all()
+    assert not contains(region, CENTRES + 0.6).any()
+    points = sample(jax.random.key(0), region, 50)
+    assert points.shape == (50, 5, 4)
+    assert np.mean([contains(region, p - 1e-3 * (p - CENTRES)) for p in points]) > 0.9
+    assert contains(checked(region), CENTRES).all()
+    shared = checked(Polytope(region.lower, region.upper, region.matrix[0], -9.0))
+    assert contains(shared, CENTRES).all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "offset", "message"),
+    [
+        (jnp.ones((2, 3)), 0.0, "matrix must have shape"),
+        (jnp.ones((2, 2, 4)), 0.0, "matrix must have shape"),
+        (jnp.ones(4), 0.0, "matrix must have shape"),
+        (jnp.ones((2, 4)), jnp.ones(3), "offset must be a number"),
+        (jnp.full((2, 4), jnp.nan), 0.0, "matrix must be finite"),
+        (jnp.ones((2, 4)), jnp.inf, "offset must be finite"),
+        (jnp.ones((2, 4), int), 0.0, "matrix must be an array of floating point"),
+    ],
+)
+def test_wrong_inequalities_are_refused(matrix, offset, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        checked(Polytope(CENTRES, CENTRES, matrix, offset))
+
+
+def test_traced_inequalities_that_are_not_finite_turn_into_nan():
+    region = polytope()
+    wrong = region.offset.at[2, 0].set(jnp.inf)
+    made = jax.jit(lambda o: checked(Polytope(region.lower, region.upper, region.matrix, o)))(wrong)
+    assert np.isnan(made.lower).all(1).tolist() == [False, False, True, False, False]
+
+
+def test_bounds_on_a_polytope_are_those_on_its_box():
+    region, f = polytope(), lambda x: jnp.maximum(x[:, :2] - x[:, 2:], 0)
+    for method in (bounds.ibp, bounds.crown):
+        found, box = method(f, outward=True)(region), method(f, outward=True)(uncut(region))
+        assert np.array_equal(found.lower, box.lower)
+        assert np.array_equal(found.upper, box.upper)
+    assert bounds.certify(f, region).status.shape == (5,)
 
 
 def test_checked_keeps_what_is_right():

@@ -6,25 +6,26 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxcert.sets import Array, Box, InputSet, LinfBall, bounding_box, per_example, project
+from jaxcert.sets import AnySet, Array, Box, LinfBall, Polytope, bounding_box, per_example, project
 
 Objective: TypeAlias = Callable[[Array], Array]
 """points (p, *input) -> what to make small, (p,)."""
 
 
-def uniform(key: Array, region: InputSet) -> Array:
+def uniform(key: Array, region: AnySet) -> Array:
     """One point of each set, spread over all of it (over its bounding box, then projected)."""
     box = bounding_box(region)
     unit = jax.random.uniform(key, jnp.shape(box.lower), box.lower.dtype)
     return project(region, box.lower + unit * (box.upper - box.lower))
 
 
-def corner(region: InputSet, slope: Array) -> Array:
+def corner(region: AnySet, slope: Array) -> Array:
     """The point of each set where a linear function with this slope (p, *input) is least; for cut
-    balls the one of the ball, projected."""
+    balls the one of the ball, for polytopes the one of the box, projected."""
     box = bounding_box(region)
-    if isinstance(region, Box | LinfBall):
-        return jnp.where(slope > 0, box.lower, box.upper)
+    if isinstance(region, Box | LinfBall | Polytope):
+        least = jnp.where(slope > 0, box.lower, box.upper)
+        return project(region, least) if isinstance(region, Polytope) else least
     axes = tuple(range(1, slope.ndim))
     size = jnp.abs(slope)
     if region.norm == 1.0:
@@ -38,7 +39,7 @@ def corner(region: InputSet, slope: Array) -> Array:
 
 def descend(
     objective: Objective,
-    region: InputSet,
+    region: AnySet,
     start: Array,
     *,
     steps: int,
@@ -48,8 +49,8 @@ def descend(
 ) -> tuple[Array, Array]:
     """The best points found from p starting points, each in a set of its own.
 
-    Every second point moves along the sign of its momentum (in Linf sets and boxes), the others
-    along the momentum itself: the former is better in many dimensions, the latter in few.
+    Every second point moves along the sign of its momentum (in Linf sets, boxes and polytopes), the
+    others along the momentum itself: the former is better in many dimensions, the latter in few.
 
     Args:
       objective: what to make small.
@@ -61,10 +62,11 @@ def descend(
       momentum: how much of the last direction stays.
 
     Returns:
-      Points (p, *input) and the objective there (p,); NaN counts as infinite.
+      Points (p, *input) and the objective there (p,); NaN counts as infinite. Points of polytopes
+      are in the box, but maybe outside of some inequalities: see `project`.
     """
     box = bounding_box(region)
-    boxed = isinstance(region, Box | LinfBall)
+    boxed = isinstance(region, Box | LinfBall | Polytope)
     extent = (box.upper - box.lower) if boxed else per_example(region.eps, start)
     axes = tuple(range(1, start.ndim))
     odd = per_example(jnp.arange(len(start)) % 2 == 1, start)

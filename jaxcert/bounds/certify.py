@@ -15,15 +15,27 @@ from jaxcert.bounds.transform import Method
 from jaxcert.certificate import Certificate, Reason, Status, Verdict, issue, predicted_class
 from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, Structure, output_shape, split, uses_float64
-from jaxcert.sets import Array, Ball, Box, InputSet, L1Ball, L2Ball, LinfBall, checked
+from jaxcert.sets import (
+    AnySet,
+    Array,
+    Ball,
+    Box,
+    InputSet,
+    L1Ball,
+    L2Ball,
+    LinfBall,
+    Polytope,
+    checked,
+    uncut,
+)
 from jaxcert.specs import margins, proved
 
 
 @overload
-def certify(f: Model, region: Box, *, method: Method = ibp) -> Verdict: ...
+def certify(f: Model, region: Box | Polytope, *, method: Method = ibp) -> Verdict: ...
 @overload
 def certify(f: Model, region: Ball, *, method: Method = ibp) -> Certificate: ...
-def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate | Verdict:
+def certify(f: Model, region: AnySet, *, method: Method = ibp) -> Certificate | Verdict:
     """Prove that f predicts one class on the whole set.
 
     The bound is computed by `method(f, outward=True)`: in float64, every rounding error counted, on
@@ -32,14 +44,15 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
 
     Args:
       f: the model, (b, *input) -> logits (b, k), k >= 2, rows independent.
-      region: a `LinfBall`, `L2Ball` or `L1Ball`, or a bare `Box`.
+      region: a `LinfBall`, `L2Ball` or `L1Ball`, a bare `Box`, or a `Polytope`, of which all of
+        the box is looked at.
       method: a bound transform with an `outward` option, e.g. `ibp` or `partial(crown, ...)`.
 
     Returns:
       For a ball a `Certificate`: f's own prediction, and as radius the ball's eps where proved, 0
       elsewhere, `ABSTAIN` where f's logits are not finite; `within` is the ball's valid box.
-      For a `Box`, which has no radius, a `Verdict` that the class at its centre is predicted
-      everywhere in it: VERIFIED or UNKNOWN.
+      For a `Box` or a `Polytope`, which have no radius, a `Verdict` that the class at the box's
+      centre is predicted everywhere in it: VERIFIED or UNKNOWN.
 
     Raises:
       ValueError, TypeError: wrong shapes, dtypes or concrete values (see `sets.checked`).
@@ -56,7 +69,7 @@ def certify(f: Model, region: InputSet, *, method: Method = ibp) -> Certificate 
       >>> print(certificate.prediction, certificate.radius)
       [0 0] [0.25 0.  ]
     """
-    region = checked(region)
+    region = uncut(checked(region))
     centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
     arrays, structure = split(f, centre)
     k = _classes(structure, arrays, centre)

@@ -19,12 +19,15 @@ from jaxcert.exact.verify import Budget, Report, decide
 from jaxcert.io.onnx import OnnxModel
 from jaxcert.io.vnnlib import Case, Problem, counterexample_text, nearest_inside
 from jaxcert.model import run, split
-from jaxcert.sets import Box, InputSet
+from jaxcert.sets import AnySet, Box, Polytope
 
 UNSAT, SAT, UNKNOWN, TIMEOUT = "unsat", "sat", "unknown", "timeout"
 VERDICTS = (UNSAT, SAT, UNKNOWN, TIMEOUT)
 
-OUTSIDE = "a point was found that violates the property, but not the constraints between inputs"
+OUTSIDE = (
+    "a point was found that violates the property, but its decimals do not satisfy the constraints "
+    "on inputs"
+)
 NOT_REPLAYED = (
     "a counterexample was found, but its decimals do not violate the property in both float32 and "
     "float64; the margin is within rounding of zero"
@@ -135,14 +138,17 @@ def _answer(
     return Answer(UNSAT, domains=domains)
 
 
-def region(case: Case, shape: tuple[int, ...]) -> InputSet:
-    """The set that is searched: the box of a case.
+def region(case: Case, shape: tuple[int, ...]) -> AnySet:
+    """The set that is searched: the box of a case, cut by its constraints between inputs.
 
-    Constraints between inputs are left out, so a proof covers more than is asked for, and a
-    counterexample need not count, which `replay` looks at.
+    It is rounded outward and closed, so it has all of the case, and a counterexample may be next to
+    the case, which `replay` looks at.
     """
     lower, upper = (end.reshape(1, *shape) for end in case.box())
-    return Box(lower, upper)
+    if not case.cuts:
+        return Box(lower, upper)
+    matrix, offset = case.cut_rows()
+    return Polytope(lower, upper, matrix.reshape(-1, *shape), offset)
 
 
 def replay(model: OnnxModel, case: Case, x: np.ndarray) -> tuple[Example | None, str]:

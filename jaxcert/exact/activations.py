@@ -7,7 +7,8 @@ ranges, for one row of the question. With l <= z <= u known of a hidden value z,
 
 so that the linear bound is pulled back with m added to the coefficients of z (beta-CROWN, Wang et
 al., NeurIPS 2021). Multipliers and slopes of all sub-domains of a batch are improved together by
-gradient ascent, from where their parents' left off; every iterate is a bound, rounding counted.
+gradient ascent, from where their parents' left off; every iterate is a bound, rounding counted. So
+are multipliers m >= 0 of the set's cuts: row >= row + m (a x + b), as a x + b <= 0.
 
 What is split next is found by looking at the gap that each function leaves, and among the few with
 the largest by bounding the halves (De Palma et al., "Improved branch and bound for neural network
@@ -52,11 +53,13 @@ class Multipliers:
       share: of the second lines around the nonlinear functions, (k, m) one function after another.
       hidden: of the ranges of the hidden values, (k, n).
       rows: weights of the clause's rows, (k, s).
+      cuts: of the set's cuts, (k, p), at least 0.
     """
 
     share: Array
     hidden: Array
     rows: Array
+    cuts: Array
 
 
 @jax.tree_util.register_dataclass
@@ -187,10 +190,38 @@ class Pass:
         matrix, offset = pull_back(
             walk.net, self._planes(given), walk.output, form, self._stops(given, seen)
         )
+        matrix, offset = self._with_cuts(given, matrix, offset)
         values = least(walk.around, matrix, walk.outward) + offset
         low = walk.from_centre(walk.output, form, values).T
         low = with_dust(walk, Box(low, low), walk.dust[:, None]).lower
         return shifted(walk, spec, Box(low, low)).lower[:, 0], matrix[0]
+
+    def _with_cuts(self, given: Multipliers, matrix: Array, offset: Array) -> tuple[Array, Array]:
+        """The row, coefficients (1, k, *input) and offsets (1, k), with multipliers of the cuts
+        added: in terms of the distance from the centre c, if there is one, m a (x - c) + m (a c +
+        b). The sum of coefficients errs by a unit of its size, each time |x - c|.
+        """
+        walk, cuts = self.walk, self.question.cuts
+        if not cuts.count:
+            return matrix, offset
+        box, centre = walk.boxes[walk.net.input], walk.centres.get(walk.net.input)
+        m = jnp.maximum(given.cuts, 0.0).astype(walk.dtype)
+        added, sizes = (
+            jnp.sum(m[..., None] * a, 1).reshape(matrix.shape)
+            for a in (cuts.matrix, jnp.abs(cuts.matrix))
+        )
+        total = (matrix.astype(walk.dtype) + added).astype(walk.rows_dtype)
+        level = cuts.at(jnp.zeros_like(box.lower) if centre is None else centre).lower
+        held, count = jnp.sum(m * level, 1), rounding.gamma(cuts.count + 8)
+        lost = 2 * rounding.unit(walk.rows_dtype) * jnp.abs(total.astype(walk.dtype))
+        lost = (lost + count * sizes + 2.0**-120) * size_of(box, centre)
+        lost = jnp.sum(lost, tuple(range(2, lost.ndim)))
+        # The row's own offset is added to, and the least value of a row to both.
+        lost = lost + count * (jnp.sum(m * jnp.abs(level), 1) + jnp.abs(offset))
+        lost = lost + rounding.gamma(8) * jnp.abs(least(walk.around, total, walk.outward))
+        return total, offset + held - jax.lax.stop_gradient(
+            rounding.inflate(2 * lost, jnp.size(total))
+        )
 
     def _planes(self, given: Multipliers) -> Mapping[Var, Planes]:
         shares = self.by_variable(given.share, self.lines)
@@ -250,9 +281,10 @@ def improved(
 
     optimiser = optax.adam(optax.exponential_decay(rate, 1, 0.97))
     units = some.spread(units)
+    of_cuts = _unit_of_cuts(some, start)
 
     def actual(p: Multipliers) -> Multipliers:
-        return dataclasses.replace(p, hidden=p.hidden * units)
+        return dataclasses.replace(p, hidden=p.hidden * units, cuts=p.cuts * of_cuts)
 
     def loss(p: Any) -> tuple[Array, Any]:
         found, slope = some.bound(actual(p))
@@ -270,7 +302,7 @@ def improved(
         p = _allowed(jax.tree.map(jnp.add, p, updates), some.domains.side)
         return p, state, (values, kept)
 
-    p = dataclasses.replace(start, hidden=start.hidden / units)
+    p = dataclasses.replace(start, hidden=start.hidden / units, cuts=start.cuts / of_cuts)
     worst = jnp.full(len(some.domains.bound), -jnp.inf, some.walk.dtype)
     slope = jnp.zeros(some.walk.net.input.shape, some.walk.rows_dtype)
     carry = p, optimiser.init(p), (worst, (p, slope))  # type: ignore[arg-type]
@@ -278,12 +310,25 @@ def improved(
     return actual(kept), values, slope
 
 
+def _unit_of_cuts(some: Pass, start: Multipliers) -> Array:
+    """Of the multipliers of the set's cuts, (k, 1): the largest coefficient on the input, as the
+    cuts' own are about 1, or the largest multiplier so far."""
+    if not some.question.cuts.count:
+        return jnp.ones((len(some.domains.bound), 1), jnp.float32)
+    _, slope = some.bound(start)
+    size = jnp.max(jnp.abs(slope), tuple(range(1, slope.ndim)))[:, None]
+    size = jnp.maximum(size, jnp.max(start.cuts, 1, keepdims=True)).astype(jnp.float32)
+    return jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
+
+
 def _allowed(p: Multipliers, side: Array) -> Multipliers:
-    """Shares between 0 and 1, multipliers only where there are cuts, weights that add up to 1."""
+    """Shares between 0 and 1, multipliers only where hidden values are cut and at least 0 for cuts
+    of the set, weights that add up to 1."""
     hidden = jnp.where(side > 0, p.hidden, 0.0)
     rows = jnp.maximum(p.rows, 0.0)
     total = jnp.sum(rows, 1, keepdims=True)
-    return Multipliers(jnp.clip(p.share, 0, 1), hidden, rows / jnp.where(total > 0, total, 1.0))
+    rows = rows / jnp.where(total > 0, total, 1.0)
+    return Multipliers(jnp.clip(p.share, 0, 1), hidden, rows, jnp.maximum(p.cuts, 0.0))
 
 
 # --- What to split --------------------------------------------------------------------------------
@@ -443,9 +488,10 @@ def _halves(domains: Domains, place: Array, cut: Array) -> Domains:
 
 def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> Array:
     """A point of each set where the linear bound is least, pushed on by a few steps of descent."""
-    start = gradient.corner(question.region, slope.astype(jnp.float64))
+    region = question.whole
+    start = gradient.corner(region, slope.astype(jnp.float64))
     objective = model.objective(arrays, question)
-    return gradient.descend(objective, question.region, start, steps=3, size=0.15)[0]
+    return gradient.descend(objective, region, start, steps=3, size=0.15)[0]
 
 
 # --- The beginning --------------------------------------------------------------------------------
@@ -491,7 +537,8 @@ def beginning(
     n = len(lower)
     weights = question.clauses[:, 0].astype(jnp.float32)
     weights = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
-    start = Multipliers(jnp.zeros((n, free), jnp.float32), jnp.zeros_like(lower), weights)
+    none = [jnp.zeros((n, m), jnp.float32) for m in (free, question.cuts.count)]
+    start = Multipliers(none[0], jnp.zeros_like(lower), weights, none[1])
     side = jnp.zeros(lower.shape, jnp.int8)
     nothing = Candidates(*[jnp.zeros((n, 0))] * 3)
     domains = Domains(lower, upper, side, start, jnp.zeros(n), nothing)

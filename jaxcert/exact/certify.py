@@ -46,6 +46,11 @@ def certify(f: Model, ball: Ball, *, budget: Budget = Budget()) -> Certificate: 
     """
     # eps is rounded up to the float type of radii before it is proved
     region: Any = checked(ball)
+    if not isinstance(region, LinfBall | L2Ball | L1Ball):
+        raise TypeError(
+            f"a certificate has a radius, so it is about a ball, not a {type(region).__name__}; "
+            "use verify"
+        )
     prediction, verdict = _asked(f, region, budget)
     proved = (verdict.status == Status.VERIFIED) & (prediction != ABSTAIN)
     radius = jnp.where(proved, jnp.broadcast_to(region.eps, proved.shape), 0.0)

@@ -11,12 +11,16 @@ the question, and with them
   the row;
 - tries the model at a corner and at the centre of each box.
 
+Cuts of the set are functions below themselves: they take part in refutation and contraction as
+members of every clause, as do the sums of functions and multiples of cuts.
+
 All bounds are proofs: float64 boxes and offsets, float32 coefficients about distances from a centre
 (`bounds/residual.py`).
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +37,9 @@ from jaxcert.bounds.linear import Goal, shifted
 from jaxcert.bounds.slopes import Free, free_lines
 from jaxcert.bounds.walk import Walk
 from jaxcert.exact.model import Traceable
-from jaxcert.exact.question import Question
+from jaxcert.exact.question import Cuts, Question
 from jaxcert.exact.search import Expansion
+from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.graph import Var
 from jaxcert.sets import Array, Box, InputSet, LinfBall, bounding_box, flat_norm
 from jaxcert.specs import Spec
@@ -189,6 +194,94 @@ def _slope_choices(walk: Walk, free: Mapping[Var, Free]) -> list[Array]:
     return [choices(each) for each in free.values()]
 
 
+def cut_functions(cuts: Cuts, places: Places, box: Box) -> Below:
+    """The cuts as functions below themselves on boxes (b, *shape)."""
+    centre = box.lower / 2 + box.upper / 2
+    radius = jnp.maximum(box.upper - centre, centre - box.lower).reshape(len(centre), 1, -1)
+    matrix = jnp.asarray(cuts.matrix)
+    fixed = jnp.abs(matrix).at[..., np.array(places.varying, int)].set(0.0)
+    lost = rounding.inflate(jnp.sum(fixed * radius, -1), fixed.shape[-1])
+    low = cuts.at(centre).lower - lost * (1 + 8 * rounding.UNIT)
+    offset = rounding.widen(Box(low, low), rounding.ARITHMETIC).lower
+    varying = matrix[..., np.array(places.varying, int)]
+    return Below(varying, offset, places.pick(centre), jnp.full_like(offset, -jnp.inf))
+
+
+def with_cuts(
+    below: Below, clauses: Array, cuts: Below, lower: Array, upper: Array
+) -> tuple[Below, Array]:
+    """Functions below rows of clauses (b, c, r) on boxes (b, m) and, behind them, the cuts and sums
+    of either and multiples of cuts; what is of cuts alone belongs to each clause that has rows."""
+    b, p = cuts.offset.shape
+    if p == 0:
+        return below, clauses
+    some = jnp.broadcast_to(jnp.any(clauses, -1, keepdims=True), (b, clauses.shape[1], p))
+    clauses = jnp.concatenate([clauses, some], -1)
+    both = _joined(below, cuts)
+    return _joined(both, _held(both, cuts, lower, upper)), jnp.tile(clauses, 2)
+
+
+def _joined(first: Below, second: Below) -> Below:
+    """The functions of both."""
+    parts = ((getattr(f, name) for f in (first, second)) for name in ("matrix", "offset", "value"))
+    matrix, offset, value = (jnp.concatenate(tuple(part), 1) for part in parts)
+    return Below(matrix, offset, first.centre, value)
+
+
+def _held(below: Below, cuts: Below, lower: Array, upper: Array) -> Below:
+    """Functions with multiples of the cuts added, which are at most 0 where it matters. One after
+    another, each cut gets the multiplier m >= 0 for which the least value over the box is largest.
+
+    That value is concave and piecewise linear in m, and rises by the value of the cut at the
+    function's minimiser, which changes where a coefficient changes its sign. Whatever m is found,
+    a + m a' errs by 2 u of both sizes.
+    """
+    low, high = ((end - below.centre)[:, None] for end in (lower, upper))
+    reach = jnp.maximum(jnp.abs(low), jnp.abs(high)) * (1 + 4 * rounding.UNIT)
+    n = lower.shape[1] + 8
+
+    def add(found: tuple[Array, Array], cut: tuple[Array, Array]) -> tuple[tuple, None]:
+        matrix, offset = found
+        row, level = cut[0][:, None], cut[1][:, None]
+        rising = (matrix > 0) | ((matrix == 0) & (row < 0))
+        rate = jnp.sum(row * jnp.where(rising, low, high), 2) + level
+        flips = jnp.where((matrix * row <= 0) & (row != 0), jnp.abs(matrix / row), jnp.inf)
+        drops = jnp.broadcast_to(jnp.abs(row) * (high - low), flips.shape)
+        flips, drops = jax.lax.sort((flips, drops), num_keys=1)
+        past = jnp.cumsum(drops, 2) >= rate[..., None]
+        m = jnp.min(jnp.where(past, flips, jnp.inf), 2)
+        m = jnp.where((rate > 0) & (m < 2.0**60), m, 0.0)
+        sizes = jnp.abs(matrix) + m[..., None] * jnp.abs(row)
+        lost = jnp.sum((sizes + 2.0**-900) * reach, 2) + jnp.abs(offset) + m * jnp.abs(level)
+        lost = rounding.inflate(rounding.gamma(8) * lost, n)
+        new = offset + m * level - lost
+        new = rounding.widen(Box(new, new), rounding.ARITHMETIC).lower
+        better = m > 0
+        matrix = jnp.where(better[..., None], matrix + m[..., None] * row, matrix)
+        return (matrix, jnp.where(better, new, offset)), None
+
+    turns = jnp.moveaxis(cuts.matrix, 1, 0), jnp.moveaxis(cuts.offset, 1, 0)
+    (matrix, offset), _ = jax.lax.scan(add, (below.matrix, below.offset), turns)
+    return Below(matrix, offset, below.centre, jnp.full_like(offset, -jnp.inf))
+
+
+def tightened(question: Question, dtype: Any) -> tuple[Box, Array]:
+    """What the cuts leave of the sets' boxes, between numbers of the inputs' type where the boxes
+    are, and which sets are seen to be empty, (n,)."""
+    box = bounding_box(question.region)
+    n, *shape = box.lower.shape
+    places = Places(tuple(shape), tuple(range(math.prod(shape))))
+    low, high, alive = box.lower.reshape(n, -1), box.upper.reshape(n, -1), jnp.ones((n, 1), bool)
+    below = cut_functions(question.cuts, places, box)
+    below = _joined(below, _held(below, below, low, high))
+    every = jnp.ones((n, 1, below.offset.shape[1]), bool)
+    for _ in range(4):
+        low, high, alive = contracted(below, low, high, every, alive)
+    low = rounded_down(low.reshape(box.lower.shape), dtype).astype(low.dtype)
+    high = rounded_up(high.reshape(box.lower.shape), dtype).astype(high.dtype)
+    return Box(jnp.maximum(low, box.lower), jnp.minimum(high, box.upper)), ~alive[:, 0]
+
+
 # --- Which input to split -------------------------------------------------------------------------
 #
 # The gap between a row and the function below it comes from the nonlinear functions: each adds its
@@ -272,13 +365,17 @@ def expansion(
     count = mine.matrix.shape[1]
     clauses = jnp.tile(mine.clauses, (1, 1, below.offset.shape[1] // count))
 
-    open_ = jnp.any(clauses, -1) & ~jnp.any((below.value[:, None] > 0) & clauses, -1)
+    open_ = jnp.any(clauses, -1)
+    cuts = cut_functions(mine.cuts, places, box_of(region, True))
+    below, clauses = with_cuts(below, clauses, cuts, boxes.lower, boxes.upper)
+    open_ &= ~jnp.any((below.value[:, None] > 0) & clauses, -1)
     open_ &= _meets(mine.region, region)[:, None]
     low, high, alive = contracted(below, boxes.lower, boxes.upper, clauses, open_)
     keep = there & jnp.any(alive, 1)
     row, functions = _hardest(below, mine.clauses, alive, low, high)
     scores = blame(walk, mine.rows, row, places)
     scores = scores + 1e-6 * jnp.abs(functions) * (boxes.upper - boxes.lower)
+    scores = _with_borders(scores, cuts, low, high)
     wide = (high - low) > 2.0**-40 * jnp.maximum(jnp.abs(low), jnp.abs(high))
     left = (high - low) / jnp.where(boxes.upper > boxes.lower, boxes.upper - boxes.lower, 1.0)
     scores = jnp.where(jnp.isfinite(scores), scores, 0.0)
@@ -302,6 +399,21 @@ def expansion(
         jnp.tile(worth, 2), points, jnp.tile(owner, 2),
         broken & jnp.tile(there, 2),
     )  # fmt: skip
+
+
+def _with_borders(scores: Array, cuts: Below, lower: Array, upper: Array) -> Array:
+    """Scores of inputs with a share for those along which cuts go through the boxes: up to half of
+    what the others have, as far as there are any."""
+    if cuts.offset.shape[1] == 0:
+        return scores
+    moves = jnp.abs(cuts.matrix) * (upper - lower)[:, None]
+    whole = jnp.sum(moves, 2, keepdims=True)
+    middle = (lower / 2 + upper / 2 - cuts.centre)[:, None]
+    value = jnp.sum(cuts.matrix * middle, 2) + cuts.offset
+    through = (jnp.abs(value) < whole[..., 0] / 2)[..., None]
+    share = jnp.max(jnp.where(through, moves / jnp.where(whole > 0, whole, 1.0), 0.0), 1)
+    top = jnp.max(jnp.where(jnp.isfinite(scores), scores, 0.0), 1, keepdims=True)
+    return scores + (top / 2 + 2.0**-100) * share
 
 
 def _part(region: InputSet, places: Places, boxes: Boxes) -> InputSet:

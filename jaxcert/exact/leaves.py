@@ -1,9 +1,10 @@
 """Sub-domains with nothing left to split: a linear program, whose duals make a proof.
 
 Where the sign of every kink is decided, the model is affine in the input, and whether a clause
-holds there is a linear program: the least t >= row_i(x) with x in the box and each hidden value
-that was cut in its range. A sub-domain may be empty, so ranges may be left at a price, which bounds
-the duals: minimise t + p s with every hidden value at most s outside of its range. HiGHS solves
+holds there is a linear program: the least t >= row_i(x) with x in the box, its cuts at most 0 and
+each hidden value that was cut in its range. A sub-domain may be empty, so ranges may be left at a
+price, which bounds the duals: minimise t + p s with every hidden value at most s outside of its
+range, and every cut at most s. HiGHS solves
 this to a tolerance of 1e-7, so its answer decides nothing: its duals become the multipliers of the
 linear bound (`activations.py`), which is evaluated with rounding counted, and its minimiser is
 tried as a counterexample.
@@ -91,8 +92,11 @@ def _solved(
     rows = np.asarray(question.matrix)[0][used]
     level = rows @ constant + np.asarray(question.offset)[0][used]
     below, above = np.flatnonzero(side & 2), np.flatnonzero(side & 1)
-    held = np.concatenate([matrix[below], -matrix[above]])
-    room = np.concatenate([upper[below] - offset[below], offset[above] - lower[above]])
+    cuts = question.cuts
+    held = np.concatenate([matrix[below], -matrix[above], np.asarray(cuts.matrix)[0]])
+    room = np.concatenate(
+        [upper[below] - offset[below], offset[above] - lower[above], -np.asarray(cuts.offset)[0]]
+    )
     slopes = rows @ outputs
     free = -np.ones((len(rows), 1)), -np.ones((len(held), 1))  # of t and of s
     price = 1e4 * max(1.0, np.abs(slopes).max(initial=0.0))
@@ -107,14 +111,15 @@ def _solved(
         return None
     duals = -answer.ineqlin.marginals
     hidden = np.zeros(len(side))
-    hidden[below] += duals[len(rows) : len(rows) + len(below)]
-    hidden[above] -= duals[len(rows) + len(below) :]
+    _, upward, downward, of_cuts = np.split(duals, np.cumsum([len(rows), len(below), len(above)]))
+    hidden[below] += upward
+    hidden[above] -= downward
     weights = np.zeros(len(used))
     weights[used] = np.maximum(duals[: len(rows)], 0)
     weights /= max(weights.sum(), 1e-30)
     share: Any = domain.multipliers.share
-    mine: tuple[Any, Any] = hidden[None], weights[None]
-    given = Multipliers(share, *mine)
+    others: Any = [m[None] for m in (hidden, weights, np.maximum(of_cuts, 0))]
+    given = Multipliers(share, *others)
     return given, np.clip(answer.x[:-2], low, high)
 
 

@@ -16,6 +16,7 @@ and the other elementwise functions are sums of such maxima:
     max(z, c) = relu(z - c) + c,          min(z, c) = -max(-z, -c).
 
 A clause is broken where the largest of its rows, t, is at most 0: t >= row_i for each, minimised.
+Cuts of the set are inequalities of the program.
 """
 
 import dataclasses
@@ -35,12 +36,12 @@ from jaxcert.bounds.planes import is_affine
 from jaxcert.bounds.products import exact_products
 from jaxcert.bounds.walk import BoundHidden, Walk
 from jaxcert.certificate import Reason, Status, Verdict
-from jaxcert.exact.model import Traceable
+from jaxcert.exact.model import Traceable, placed
 from jaxcert.exact.question import Question, question, rows_at, shortfall
 from jaxcert.floats import ieee_float64
 from jaxcert.graph import Equation, Var, holds_all, read, unsupported
 from jaxcert.model import Model, as_float64, is_traced, output_shape, split, uses_float64
-from jaxcert.sets import Box, InputSet, L1Ball, L2Ball, checked, contains, project
+from jaxcert.sets import AnySet, Box, L1Ball, L2Ball, Polytope, checked, contains, like, project
 from jaxcert.specs import Property, Spec
 from jaxcert.tracing import Traced
 
@@ -49,7 +50,7 @@ TOLERANCE = 1e-5  # how far above 0 a bound must be; HiGHS works to 1e-7
 
 def verify(
     f: Model,
-    region: InputSet,
+    region: AnySet,
     spec: Property,
     *,
     seconds: float = 60.0,
@@ -57,14 +58,15 @@ def verify(
 ) -> Verdict:
     """Decide for each set whether the property holds on all of it, by a program for each clause.
 
-    VERIFIED: the solver's dual bound of every clause is above `TOLERANCE`. This holds up to HiGHS's
-    own tolerance of 1e-7 and is no proof with rounding counted. FALSIFIED: the model breaks the
-    property at a point of the set in the input's own type, in the caller's arithmetic and float64.
+    VERIFIED: the solver's dual bound of every clause is above `TOLERANCE`, or it finds that the set
+    is empty by that much. This holds up to HiGHS's own tolerance of 1e-7 and is no proof with
+    rounding counted. FALSIFIED: the model breaks the property at a point of the set in the input's
+    own type, in the caller's arithmetic and float64.
 
     Args:
       f: the model, (b, *input) -> (b, k), rows independent: affine equations, relu, leaky_relu,
         abs, max, min, clamp, reductions and pooling by max or min. Casts to float32 count as exact.
-      region: a `Box`, `LinfBall` or `L1Ball` of b sets.
+      region: a `Box`, `LinfBall`, `L1Ball` or `Polytope` of b sets.
       spec: a `Spec`, or `AllOf` and `AnyOf` of them, with `>` strict.
       seconds: for the whole call; each program has an equal share of what is left.
       hidden: `crown` (the default), `ibp`, or boxes from `hidden_bounds(f, outward=True)`: how
@@ -115,7 +117,7 @@ def _decided(task: "_Task", i: int) -> tuple[Status, Reason, np.ndarray]:
 
 
 def minimum(
-    f: Model, region: InputSet, spec: Spec, *, seconds: float = 60.0, hidden: Hidden | None = None
+    f: Model, region: AnySet, spec: Spec, *, seconds: float = 60.0, hidden: Hidden | None = None
 ) -> Box:
     """Find the least value of each row of C f(x) + d over the set, between two bounds.
 
@@ -180,7 +182,7 @@ class _Task:
             )
         with jax.enable_x64(True):
             region = _one_by_one(checked(region))
-        x = region.lower if isinstance(region, Box) else region.x
+        x = like(region)
         x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         arrays, structure = split(f, x)
         n, k = output_shape(structure, arrays, x).shape
@@ -203,7 +205,9 @@ class _Task:
         bound = bounder(hidden, chunk=1 << 20)
         with jax.enable_x64(True), np.errstate(invalid="ignore"):
             region = jax.tree.map(lambda a: a[i : i + 1], self.asked.region)
-            return encoded(self.traced, region, bound)
+            program, outputs = encoded(self.traced, region, bound)
+            program.keep_cut(self.asked.cuts.matrix[i], self.asked.cuts.offset[i])
+            return program, outputs
 
     def tried(self, i: int, x: np.ndarray, clauses: np.ndarray) -> tuple[np.ndarray, float]:
         """A point of set i in the input's type, near x, and how far the model is from breaking one
@@ -224,6 +228,8 @@ def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any,
     near = inside.astype(model.dtype)  # rounded towards the centre of a convex set, to stay in it
     beyond = jnp.abs(near.astype(jnp.float64) - centre) > jnp.abs(inside - centre)
     near = jnp.where(beyond, jnp.nextafter(near, centre.astype(model.dtype)), near)
+    if asked.cuts.count:
+        near = placed(asked, inside, model.dtype).astype(model.dtype)
     point = near.astype(jnp.float64)
 
     def far(arrays: Any, x: Any, mode: bool) -> Any:
@@ -233,12 +239,13 @@ def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any,
         return jnp.min(shortfall(rows, asked.clauses), 1)
 
     worst = jnp.maximum(far(arrays, near, model.mode), far(as_float64(arrays), point, True))
-    return near, jnp.where(contains(region, point) & (worst <= jnp.inf), worst, jnp.inf)
+    fits = contains(region, point) & asked.cuts.surely_hold(point)
+    return near, jnp.where(fits & (worst <= jnp.inf), worst, jnp.inf)
 
 
-def _one_by_one(region: InputSet) -> InputSet:
-    """The sets with every array spread over the batch."""
-    if isinstance(region, Box):
+def _one_by_one(region: AnySet) -> AnySet:
+    """The sets with every array but inequalities spread over the batch."""
+    if isinstance(region, Box | Polytope):
         return region
     shape = jnp.shape(region.x)
     valid = jax.tree.map(lambda end: jnp.broadcast_to(end, shape), region.valid)
@@ -298,6 +305,7 @@ class Program:
         self._columns: list[list[np.ndarray]] = []
         self._rows: list[Any] = []
         self._count = 0
+        self._may_be_empty = False
         self.columns(1, 1.0, 1.0, whole=True)
         lower, upper = np.asarray(box.lower), np.asarray(box.upper)
         parts = self.columns(lower.size, lower.ravel(), upper.ravel()).parts
@@ -330,6 +338,13 @@ class Program:
         self.require(e - x)
         self.require(e + x)
         self.require(-e.mapped(np.ones((1, centre.size)), np.array([-eps])))
+
+    def keep_cut(self, matrix: np.ndarray, offset: np.ndarray) -> None:
+        """The flat input satisfies matrix x + offset <= 0; then there may be none. Loosened by
+        `TOLERANCE`, so that the solver's own does not make a set empty."""
+        if len(offset):
+            self._may_be_empty = True
+            self.require(-self.input.mapped(matrix, offset - TOLERANCE))
 
     def relu(self, z: Linear, lower: np.ndarray, upper: np.ndarray) -> Linear:
         """max(z, 0) for z between two ends."""
@@ -374,7 +389,8 @@ class Program:
 
     def least(self, rows: Linear, seconds: float) -> tuple[float, Any, bool]:
         """Minimise the largest of some values (r,): the solver's dual bound or -inf, the flat input
-        at the best point or None, and whether the time ran out."""
+        at the best point or None, and whether the time ran out. The least value over nothing is
+        inf."""
         goal = np.vstack([-rows.wide(self._count), np.ones(rows.parts.shape[1])])
         blocks = [*self._rows, sparse.csr_array(goal.T)]
         for some in blocks:
@@ -390,6 +406,8 @@ class Program:
             constraints=optimize.LinearConstraint(matrix, 0, np.inf),
             options={"mip_rel_gap": 0, "time_limit": seconds},
         )
+        if found.status == 2 and self._may_be_empty:
+            return np.inf, None, False
         bound = found.mip_dual_bound if found.status in (0, 1) else None  # not if it failed
         bound = -np.inf if bound is None or not np.isfinite(bound) else float(bound)
         x = None if found.x is None else found.x[1 : 1 + len(self._columns[1][0])]

@@ -10,7 +10,7 @@ from jaxcert.attacks.gradient import Objective
 from jaxcert.bounds.interval import interval_bounds
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
-from jaxcert.sets import Array, Box, InputSet, contains, per_example
+from jaxcert.sets import Array, Box, contains, per_example, project
 from jaxcert.tracing import Traced, trace_float64
 
 
@@ -54,11 +54,7 @@ class Traceable:
         """Points as close by as the input's type allows, where the model breaks the property there,
         in its own arithmetic as well as in float64, and how far it is from it, (p,)."""
         mine = jax.tree.map(lambda a: a[owner], question)
-        if not isinstance(mine.region, Box):  # off the surface, where rounding matters
-            points = mine.region.x + (1 - 2.0**-20) * (points - mine.region.x)
-        rounded = points.astype(self.dtype).astype(points.dtype)
-        fits = per_example(_surely_in(mine.region, rounded), points)
-        points = jnp.where(fits, rounded, points)
+        points = placed(mine, points, self.dtype)
 
         def at(arrays: Any, x: Array, mode: bool) -> Array:
             with jax.enable_x64(mode):
@@ -74,12 +70,43 @@ class Traceable:
             box = interval_bounds(graph, rows, Box(points, points), mine.rows, True)
             wide = jnp.min(shortfall(box.upper, mine.clauses), 1)
         worst = jnp.maximum(own, wide)
-        broken = (worst <= 0) & _surely_in(mine.region, points)
+        broken = (worst <= 0) & surely_in(mine, points)
         return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
 
-def _surely_in(region: InputSet, x: Array) -> Array:
-    """Whether each point lies in its set, rounding of the norm counted."""
+def placed(question: Question, points: Array, dtype: Any) -> Array:
+    """Points near others that the input's type represents, if there are such in the sets.
+
+    Where there are cuts, inputs that rounding would move out of the box become ends of it. Points
+    are projected on the set and drawn inside, by more than rounding; what does not surely satisfy
+    the cuts then, as in a set without interior, stays where it was projected.
+    """
+    region, cuts = question.region, question.cuts
+    if not isinstance(region, Box):  # off the surface, where rounding matters
+        points = region.x + (1 - 2.0**-20) * (points - region.x)
+    if not cuts.count:
+        rounded = points.astype(dtype).astype(points.dtype)
+        fits = per_example(surely_in(question, rounded), points)
+        return jnp.where(fits, rounded, points)
+    assert isinstance(region, Box)
+
+    def snapped(x: Array) -> Array:
+        return jnp.clip(x.astype(dtype).astype(x.dtype), region.lower, region.upper)
+
+    near = project(question.whole, points)
+    inner = cuts.inner.reshape(near.shape)
+    size = jnp.maximum(jnp.abs(region.lower), jnp.abs(region.upper)).reshape(len(near), 1, -1)
+    margin = 2 * float(jnp.finfo(dtype).eps) * jnp.sum(jnp.abs(cuts.matrix) * size, 2)
+    here, there = (cuts.at(x).upper + margin for x in (near, inner))
+    share = jnp.where(here > 0, here / jnp.where(here > there, here - there, 1.0), 0.0)
+    share = jnp.minimum(jnp.max(share, 1), 1.0)
+    drawn = snapped(near + per_example(share, near) * (inner - near))
+    return jnp.where(per_example(cuts.surely_hold(drawn), near), drawn, snapped(near))
+
+
+def surely_in(question: Question, x: Array) -> Array:
+    """Whether each point lies in its set, rounding of norms and cuts counted."""
+    region = question.region
     if not isinstance(region, Box):
         region = dataclasses.replace(region, eps=region.eps * (1 - 2.0**-36))
-    return contains(region, x)
+    return contains(region, x) & question.cuts.surely_hold(x)

@@ -149,12 +149,14 @@ class Question:
     Attributes:
       bounds: of the net, which has one more value for each and: its rows.
       boxes: of the cases, (1, n) twice; a box of a case with cuts is larger than the case.
+      cut: whether there are such cases.
       claims: the values of the ands of each case. Rows with a positive weighted sum refute one.
     """
 
     bounds: Bounds
     boxes: list[tuple[Array, Array]]
     claims: list[list[int]]
+    cut: bool = False
 
     @classmethod
     def of(cls, network: bytes, prop: bytes, exact: bool = False) -> "Question":
@@ -168,7 +170,8 @@ class Question:
         claims = [[next(numbers) for _ in case.unsafe] for case in problem.cases]
         rows = [_rows(rows, sizes[1]) for case in problem.cases for rows in case.unsafe]
         boxes = [(low[None], high[None]) for low, high in (case.box() for case in problem.cases)]
-        return cls(Bounds(net.extended(rows), exact), boxes, claims)
+        cut = any(case.cuts for case in problem.cases)
+        return cls(Bounds(net.extended(rows), exact), boxes, claims, cut)
 
 
 def _rows(rows: Sequence[vnnlib.Row], k: int) -> tuple[Array, Array]:

@@ -3,20 +3,135 @@
 Every property is a conjunction of clauses, each of which says that at each point of the set at
 least one of its rows is positive. A point breaks the property if and only if all rows of some
 clause are at most 0 there.
+
+A set is a box or a ball with cuts, affine functions of the input that are at most 0 on it. To a
+search they are rows like those of a clause, exactly known, that belong to every clause.
 """
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
-from jaxcert.sets import Array, InputSet
+from jaxcert.bounds import rounding
+from jaxcert.sets import AnySet, Array, Box, InputSet, Polytope, like, uncut
 from jaxcert.specs import AllOf, AnyOf, Property, Spec
 
 MOST_CLAUSES = 10_000
+
+
+LARGEST = 2.0**400
+"""How far numbers of cuts may be apart, and how large inputs may be, for no result to overflow or
+underflow."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """For n sets, p affine functions of the input, flattened, that are at most 0 on each:
+    matrix x + offset, with largest coefficients from 1/2 to 1 but for functions that are constant.
+
+    Attributes:
+      matrix: (n, p, d).
+      offset: (n, p).
+      inner: a point far inside of each set, to draw others inside; NaN where none was found, and
+        nothing, (n, 0), where there are no cuts.
+    """
+
+    matrix: Any
+    offset: Any
+    inner: Any
+
+    @property
+    def count(self) -> int:
+        """How many functions each set has."""
+        return self.offset.shape[1]
+
+    def at(self, x: Array) -> Box:
+        """What surely encloses the functions at points (n, *input) in float64: (n, p)."""
+        terms = self.matrix * x.reshape(len(x), 1, -1)
+        total = jnp.sum(terms, 2) + self.offset
+        size = jnp.sum(jnp.abs(terms), 2) + jnp.abs(self.offset)
+        d = terms.shape[2]
+        error = rounding.inflate(rounding.gamma(d + 32) * size, d)
+        return rounding.widen(Box(total - error, total + error), rounding.ARITHMETIC)
+
+    def surely_hold(self, x: Array) -> Array:
+        """Whether points (n, *input) satisfy all cuts of their sets, bool (n,).
+
+        Beyond what rounding leaves certain, points on the boundary count where the sum is exact:
+        its terms are multiples of a power of two q, and no sum of them reaches 2^53 q, so that
+        every partial sum is a float64, in whichever order it is taken.
+        """
+        flat = x.reshape(len(x), 1, -1)
+        terms = self.matrix * flat
+        total = jnp.sum(terms, 2) + self.offset
+        size = jnp.sum(jnp.abs(terms), 2) + jnp.abs(self.offset)
+        q = jnp.min(_lowest_bit(self.matrix) * _lowest_bit(flat), 2, initial=jnp.inf)
+        q = jnp.minimum(q, _lowest_bit(self.offset))
+        exact = size <= (2.0**53 - 2.0**30) * q
+        exact &= q > 1 / LARGEST**2  # else, products may underflow
+        return jnp.all((self.at(x).upper <= 0) | (exact & (total <= 0)), 1)
+
+
+def _lowest_bit(x: Array) -> Array:
+    """The largest power of two that float64 numbers are multiples of; infinite for 0."""
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.int64) & (2**63 - 1)
+    rest = jax.lax.bitcast_convert_type(bits & (bits - 1), jnp.float64)
+    power = (bits & (2**52 - 1)) == 0  # no bit of the fraction is set
+    return jnp.where(bits == 0, jnp.inf, jnp.abs(x) - jnp.where(power, 0.0, rest))
+
+
+def cuts_of(region: AnySet, n: int, d: int) -> Cuts:
+    """The cuts of n sets of d inputs, in numpy's float64 and scaled by powers of two, exactly.
+
+    Raises:
+      ValueError: numbers so far apart that sums of products might overflow or underflow.
+    """
+    if not isinstance(region, Polytope):
+        return Cuts(np.zeros((n, 0, d)), np.zeros((n, 0)), np.zeros((n, 0)))
+    matrix, offset = (np.asarray(a, np.float64) for a in (region.matrix, region.offset))
+    per_set = matrix.ndim > np.ndim(region.lower)
+    matrix = matrix.reshape(*matrix.shape[: 1 + per_set], d)
+    matrix = np.broadcast_to(matrix, (n, *matrix.shape[-2:]))
+    offset = np.broadcast_to(offset, matrix.shape[:2])
+    size = np.max(np.abs(matrix), 2)
+    offset = np.where(size > 0, offset, np.where(offset > 0, 1.0, -1.0))
+    zeros = matrix == 0, offset == 0
+    with np.errstate(over="ignore", under="ignore"):
+        shift = -np.frexp(size)[1]
+        matrix, offset = np.ldexp(matrix, shift[..., None]), np.ldexp(offset, shift)
+    ends = np.stack([np.asarray(end, np.float64) for end in (region.lower, region.upper)])
+    inside = [(np.abs(a) >= 1 / LARGEST) & (np.abs(a) <= LARGEST) for a in (matrix, offset)]
+    known = all(np.all(ok | zero) for ok, zero in zip(inside, zeros, strict=True))
+    if not (known and np.all(np.abs(ends) <= LARGEST)):
+        raise ValueError(
+            "the coefficients and the offset of a linear inequality must be 0 or within a factor "
+            "of 2^400 of the largest coefficient, and the box within 2^400 of 0"
+        )
+    if matrix.shape[1] == 0:
+        return Cuts(matrix, offset, np.zeros((n, 0)))
+    low, high = ends.reshape(2, n, d)
+    inner = [_inner(*parts) for parts in zip(low, high, matrix, offset, strict=True)]
+    return Cuts(matrix, offset, np.stack(inner))
+
+
+def _inner(low: Any, high: Any, matrix: Any, offset: Any) -> np.ndarray:
+    """A point of one set for which the least slack of all cuts, in units of what they vary over the
+    box, is largest, or NaN."""
+    size = np.abs(matrix) @ (high - low)
+    found = optimize.linprog(
+        np.append(np.zeros(len(low)), -1.0),
+        np.append(matrix, size[:, None], 1),
+        -offset,
+        bounds=[*zip(low, high, strict=True), (0, 1)],
+    )
+    return np.clip(found.x[:-1], low, high) if found.status == 0 else np.full(len(low), np.nan)
 
 
 @jax.tree_util.register_dataclass
@@ -25,12 +140,14 @@ class Question:
     """For n sets: does every clause of rows hold at every point?
 
     Attributes:
-      region: n sets.
+      region: n sets, without their cuts.
+      cuts: what they are cut by.
       matrix, offset: the rows C y + d, (n, s, k) and (n, s).
       clauses: which rows each clause has, bool (n, c, s); a clause without rows is padding.
     """
 
     region: InputSet
+    cuts: Cuts
     matrix: Any
     offset: Any
     clauses: Any
@@ -40,13 +157,25 @@ class Question:
         """The rows as a spec."""
         return Spec(self.matrix, self.offset)
 
+    @property
+    def whole(self) -> AnySet:
+        """The sets with their cuts."""
+        if not self.cuts.count:
+            return self.region
+        assert isinstance(self.region, Box)
+        lower, upper = self.region.lower, self.region.upper
+        matrix = self.cuts.matrix.reshape(len(lower), self.cuts.count, *lower.shape[1:])
+        return Polytope(lower, upper, matrix, self.cuts.offset)
 
-def question(region: InputSet, prop: Property, n: int, k: int) -> Question:
-    """A property of k outputs on n sets as a question, in numpy's float64.
+
+def question(region: AnySet, prop: Property, n: int, k: int) -> Question:
+    """A property of k outputs on n sets, whose arrays are spread over the batch, as a question; all
+    but the sets' own arrays in numpy's float64.
 
     Raises:
       ValueError: wrong shapes, rows that are not finite, or more than `MOST_CLAUSES` clauses.
     """
+    cuts = cuts_of(region, n, math.prod(np.shape(like(region))[1:]))
     specs: list[tuple[np.ndarray, np.ndarray]] = []
     groups = _conjunctive(prop, specs, n, k)
     matrix = np.concatenate([m for m, _ in specs], 1)
@@ -56,7 +185,8 @@ def question(region: InputSet, prop: Property, n: int, k: int) -> Question:
     clauses = np.zeros((len(groups), matrix.shape[1]), bool)
     for clause, rows in zip(clauses, groups, strict=True):
         clause[list(rows)] = True
-    return Question(region, matrix, offset, np.broadcast_to(clauses, (n, *clauses.shape)))
+    clauses = np.broadcast_to(clauses, (n, *clauses.shape))
+    return Question(uncut(region), cuts, matrix, offset, clauses)
 
 
 def _conjunctive(prop: Property, specs: list, n: int, k: int) -> list[frozenset[int]]:

@@ -46,18 +46,23 @@ def prove(
       seconds: of search; checking takes about as long as bounding the leaves once more.
 
     Raises:
-      NotProved: there are unsafe outputs, or time ran out.
+      NotProved: there are unsafe outputs, or time ran out; proofs are about all of a box, so also
+        where it is constraints between inputs that exclude unsafe outputs.
       UnsupportedOperator, VnnlibError, ValueError: the net or the property cannot be read.
     """
     network, prop = proof.uncompressed(network_file), proof.uncompressed(property_file)
     question = Question.of(network, prop)
     clock = _Clock(time.perf_counter() + seconds)
     found = _Record(question)
-    for case, (lower, upper) in enumerate(question.boxes):
-        if np.sum(upper > lower) <= FEW_INPUTS:
-            found.add(case, question.claims[case], _by_inputs(question, case, clock))
-        else:
-            _by_hidden_values(question, case, clock, found)
+    try:
+        _search(question, clock, found)
+    except NotProved as error:
+        if not question.cut:
+            raise
+        raise NotProved(
+            f"{error}; proofs are about whole boxes, without constraints between inputs: bound the "
+            "inputs more tightly in the property, or rely on `verify`, which counts them"
+        ) from error
     temporary = f"{os.fspath(proof_file)}.part"
     try:
         proof.save(found.proof(proof.header(network, prop)), temporary)
@@ -67,6 +72,14 @@ def prove(
         if os.path.exists(temporary):
             os.remove(temporary)
     return report
+
+
+def _search(question: Question, clock: "_Clock", found: "_Record") -> None:
+    for case, (lower, upper) in enumerate(question.boxes):
+        if np.sum(upper > lower) <= FEW_INPUTS:
+            found.add(case, question.claims[case], _by_inputs(question, case, clock))
+        else:
+            _by_hidden_values(question, case, clock, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact import activations, inputs, leaves, search
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.pool import Pool
-from jaxcert.exact.question import Question, question
+from jaxcert.exact.question import Cuts, Question, question
 from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, as_float64, output_shape, split, uses_float64
-from jaxcert.sets import Array, Box, InputSet, checked
+from jaxcert.sets import AnySet, Array, Box, Polytope, checked, like
 from jaxcert.specs import Property
 
 
@@ -59,7 +59,7 @@ FEW_INPUTS = 16
 
 def verify(
     f: Model,
-    region: InputSet,
+    region: AnySet,
     prop: Property,
     *,
     budget: Budget = Budget(),
@@ -73,7 +73,7 @@ def verify(
 
     Args:
       f: the model, (b, *input) -> (b, k), rows independent.
-      region: a `Box`, `LinfBall`, `L2Ball` or `L1Ball` of b sets.
+      region: a `Box`, `LinfBall`, `L2Ball`, `L1Ball` or `Polytope` of b sets.
       prop: a `Spec`, or `AllOf` and `AnyOf` of them, with `>` strict.
       budget: of the whole call.
       split_inputs: whether to split inputs rather than hidden values; by default where at most
@@ -107,9 +107,8 @@ def verify(
     return Verdict(status, reason, example)
 
 
-def _own_dtype(region: InputSet) -> Any:
-    like = region.lower if isinstance(region, Box) else region.x
-    return jax.dtypes.canonicalize_dtype(like.dtype)
+def _own_dtype(region: AnySet) -> Any:
+    return jax.dtypes.canonicalize_dtype(like(region).dtype)
 
 
 @dataclasses.dataclass
@@ -167,7 +166,7 @@ class _Clock:
 
 def decide(
     f: Model,
-    region: InputSet,
+    region: AnySet,
     prop: Property,
     *,
     budget: Budget,
@@ -180,10 +179,10 @@ def decide(
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True):
         region = checked(region)
-        like: Any = region.lower if isinstance(region, Box) else region.x
-        arrays, structure = split(f, jax.ShapeDtypeStruct(like.shape, dtype))
-    n, shape = like.shape[0], like.shape[1:]
-    k = output_shape(structure, arrays, jax.ShapeDtypeStruct(like.shape, dtype)).shape[1]
+        x = jax.ShapeDtypeStruct(like(region).shape, dtype)
+        arrays, structure = split(f, x)
+    n, shape = x.shape[0], x.shape[1:]
+    k = output_shape(structure, arrays, x).shape[1]
     model = Traceable(structure, shape, dtype, mode, (*RULES.items(), *PLANES.items()))
     with jax.enable_x64(True):
         asked = question(_one_by_one(region), prop, n, k)
@@ -191,11 +190,14 @@ def decide(
             max(least, _rounded(m))
             for least, m in zip((4, 8), asked.clauses.shape[1:], strict=True)
         )
-        asked = _padded(asked, clauses, rows)
+        cuts = max(4, _rounded(asked.cuts.count)) if asked.cuts.count else 0
+        asked = _padded(asked, clauses, rows, cuts)
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, asked)))
         none = np.zeros(n, np.int32)
         outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
         search = _Search(model, arrays, asked, outcome, clock, key)
+        if asked.cuts.count:
+            search.tighten()
         search.attack()
         varying = search.varying()
         few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
@@ -206,10 +208,13 @@ def decide(
     return outcome
 
 
-def _one_by_one(region: InputSet) -> InputSet:
-    """The sets with every array spread over the batch, in float64."""
+def _one_by_one(region: AnySet) -> AnySet:
+    """The sets with every array but inequalities spread over the batch, in float64."""
+    if isinstance(region, Polytope):
+        lower, upper = as_float64((jnp.asarray(region.lower), jnp.asarray(region.upper)))
+        return Polytope(lower, upper, region.matrix, region.offset)
     region = as_float64(jax.tree.map(jnp.asarray, region))
-    if isinstance(region, Box):
+    if isinstance(region, Box | Polytope):
         return region
     valid = region.valid
     if valid is not None:
@@ -224,6 +229,12 @@ class _Search:
     def __init__(self, model, arrays, asked: Question, outcome: Outcome, clock: _Clock, key):
         self.model, self.arrays, self.asked = model, arrays, asked
         self.outcome, self.clock, self.key = outcome, clock, key
+
+    def tighten(self) -> None:
+        """Take from the sets' boxes what their cuts cut off; of what is empty, all is true."""
+        box, empty = _tightened(self.model.dtype, self.asked)
+        self.asked = dataclasses.replace(self.asked, region=box)
+        self.outcome.settle(empty, Status.VERIFIED)
 
     def attack(self, rounds: int = 1) -> None:
         """Gradient descent from some points of each set, in rounds, which may take a twentieth of
@@ -389,11 +400,17 @@ def _rounded(n: int) -> int:
     return 3 * power // 4 if n <= 3 * power // 4 else power
 
 
-def _padded(asked: Question, clauses: int, rows: int) -> Question:
-    """The question with rows and clauses that state nothing, up to these numbers."""
+def _padded(asked: Question, clauses: int, rows: int, cuts: int) -> Question:
+    """The question with rows, clauses and cuts that state nothing, up to these numbers."""
     more = max(clauses - asked.clauses.shape[1], 0), max(rows - asked.clauses.shape[2], 0)
+    extra = cuts - asked.cuts.count
     return Question(
         asked.region,
+        Cuts(
+            np.pad(asked.cuts.matrix, [(0, 0), (0, extra), (0, 0)]),
+            np.pad(asked.cuts.offset, [(0, 0), (0, extra)], constant_values=-1.0),
+            asked.cuts.inner,
+        ),
         np.pad(asked.matrix, [(0, 0), (0, more[1]), (0, 0)]),
         np.pad(asked.offset, [(0, 0), (0, more[1])]),
         np.pad(asked.clauses, [(0, 0), (0, more[0]), (0, more[1])]),
@@ -405,8 +422,10 @@ def _each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Quest
     clauses = np.asarray(asked.clauses)[here, clause]
     most = _rounded(int(clauses.sum(1).max()))
     order = np.argsort(~clauses, axis=1, kind="stable")[:, :most]
+    region, cuts = jax.tree.map(lambda a: a[here], (asked.region, asked.cuts))
     return Question(
-        jax.tree.map(lambda a: a[here], asked.region),
+        region,
+        cuts,
         jnp.asarray(np.asarray(asked.matrix)[here[:, None], order]),
         jnp.asarray(np.asarray(asked.offset)[here[:, None], order]),
         jnp.asarray(np.take_along_axis(clauses, order, 1)[:, None]),
@@ -431,13 +450,18 @@ def _attacked(model: Traceable, restarts: int, arrays: Any, asked: Question, key
     target = (jnp.arange(n * restarts) // n) % count
     only = jnp.arange(mine.clauses.shape[1]) == target[:, None]
     dealt = dataclasses.replace(mine, clauses=mine.clauses & only[..., None])
-    start = gradient.uniform(key, mine.region)
-    points, _ = gradient.descend(model.objective(arrays, dealt), mine.region, start, steps=40)
+    start = gradient.uniform(key, mine.whole)
+    points, _ = gradient.descend(model.objective(arrays, dealt), mine.whole, start, steps=40)
     points, broken, _ = model.tried(arrays, asked, points, place)
     broken = broken.reshape(restarts, n)
     first = inputs.first(broken.T.astype(jnp.int32))
     points = points.reshape(restarts, n, *model.shape)
     return jnp.any(broken, 0), points[first, jnp.arange(n)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tightened(dtype: Any, asked: Question) -> tuple[Box, Array]:
+    return inputs.tightened(asked, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)

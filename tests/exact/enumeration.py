@@ -6,14 +6,16 @@ import numpy as np
 from scipy.optimize import linprog
 
 
-def least_row(weights, lower, upper, C, d):
-    """The least value over a box of max_i (C y + d)_i, for y the outputs of a ReLU net.
+def least_row(weights, lower, upper, C, d, cuts=None):
+    """The least value over a box of max_i (C y + d)_i, for y the outputs of a ReLU net; infinite if
+    there is no x.
 
     Args:
       weights: [(w, b), ...] with layers x @ w + b and a ReLU after each but the last; of N hidden
         neurons together, for 2^N linear programs.
       lower, upper: the box, (n,).
       C, d: the rows of one clause, (s, k) and (s,).
+      cuts: A, b with A x + b <= 0 on the set, (p, n) and (p,).
 
     On the set where each neuron has a given sign, outputs are affine in x: the program minimises t
     over x of that set with t >= each row.
@@ -27,6 +29,9 @@ def least_row(weights, lower, upper, C, d):
     for pattern in itertools.product([0.0, 1.0], repeat=sum(hidden)):
         signs = np.split(np.array(pattern), np.cumsum(hidden)[:-1])
         matrix, offset, rows, ends = np.eye(len(lower)), np.zeros(len(lower)), [], []
+        if cuts is not None:
+            rows.append(np.append(cuts[0], np.zeros((len(cuts[1]), 1)), 1))
+            ends.append(-np.asarray(cuts[1], np.float64))
         for (w, b), on in zip(weights[:-1], signs, strict=True):
             matrix, offset = matrix @ w, offset @ w + b
             side = np.where(on > 0, -1.0, 1.0)  # active: -z <= 0, else z <= 0
@@ -41,4 +46,4 @@ def least_row(weights, lower, upper, C, d):
         ends.append(-offset - d)
         found = linprog(goal, np.concatenate(rows), np.concatenate(ends), bounds=bounds)
         values += [found.fun] if found.status == 0 else []
-    return min(values)
+    return min(values, default=np.inf)
