@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import value_at
 from jaxcert.bounds.slopes import Free, free_lines, tightened
 from jaxcert.bounds.walk import Walk, cast, size_of
+from jaxcert.errors import UnsupportedEquation
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
@@ -89,6 +90,7 @@ class Domains:
       multipliers: with which `bound` was found.
       bound: below the clause's rows, weighted, (k,).
       next: what may be split next.
+      layout: which hidden values these are; static.
     """
 
     lower: Array
@@ -96,7 +98,8 @@ class Domains:
     side: Array
     multipliers: Multipliers
     bound: Array
-    next: "Candidates"
+    next: Candidates
+    layout: "Layout" = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +117,34 @@ class Options:
     candidates: int = 3
 
 
+Layout: TypeAlias = tuple[tuple[str, int], ...]
+"""Of each hidden variable, in order of evaluation: the equation that makes it, and its size."""
+
+
+def layout(walk: Walk) -> Layout:
+    """The hidden variables that a walk has bounded."""
+    names = [walk.net.makers[v].name if v in walk.net.makers else "" for v in walk.refined]
+    return tuple((name, _size(walk, v)) for name, v in zip(names, walk.refined, strict=True))
+
+
+def _require_same(known: Layout, own: Layout) -> None:
+    """Ranges are found for one batch size and used for another: they must be of the same values."""
+    if known != own:
+        raise UnsupportedEquation(
+            "the model is traced to other equations for other batch sizes, so what is known of its "
+            "hidden values for one does not hold for the other; verify it with split_inputs=True"
+        )
+
+
 def _size(walk: Walk, v: Var) -> int:
     return math.prod(walk.net.outer_and_inner(v))
 
 
-def ranges_of(domains: Domains, walk: Walk, v: Var) -> Box:
-    """The next hidden value's box as the sub-domains have it."""
+def box_at(lower: Array, upper: Array, walk: Walk, v: Var) -> Box:
+    """The box of the next hidden value v of a walk, whose ranges (k, n) are given."""
     start = sum(_size(walk, w) for w in walk.refined)
     part = slice(start, start + _size(walk, v))
-    ends = domains.lower[:, part], domains.upper[:, part]
+    ends = lower[:, part], upper[:, part]
     return Box(*[walk.net.shaped(end.astype(walk.dtype), v) for end in ends])
 
 
@@ -137,16 +159,20 @@ class Pass:
 
     def __init__(
         self, model: Traceable, arrays: Any, question: Question, domains: Domains,
-        coefficients: Any = jnp.float32,
+        coefficients: Any = jnp.float32, goal: Array | None = None,
     ):  # fmt: skip
+        """With a `goal` (k, n), which has one coefficient at most for each sub-domain, that hidden
+        value times its coefficient is bounded; the question's rows must be zeros then."""
         count = len(domains.bound)
         graph, rows = model.trace(arrays, count)
         self.question, self.domains = question, domains
         self.walk = Walk(graph, rows, question.region, True, coefficients)
-        self.walk.run(functools.partial(ranges_of, domains), every=True)
+        self.walk.run(functools.partial(box_at, domains.lower, domains.upper), every=True)
+        _require_same(domains.layout, layout(self.walk))
         self.lines: dict[Var, Free] = free_lines(self.walk)
         self.hidden = list(self.walk.refined)
         self._sides = self.by_variable(domains.side, self.hidden)
+        self._goals = {} if goal is None else self.by_variable(goal, self.hidden)
 
     def by_variable(self, values: Array, variables: Iterable[Var]) -> dict[Var, Array]:
         """Values (k, n) of several variables, each in its own shape."""
@@ -250,7 +276,8 @@ class Pass:
         """
         walk = self.walk
         box, centre = walk.boxes[v], walk.centres.get(v, jnp.zeros(()))
-        total = rows + m
+        goal = self._goals.get(v, jnp.zeros_like(m))
+        total = rows + goal + m  # the first sum is exact, as the rows or the goal are zeros
         # Where m is 0 the end decides about the derivative alone: the cut one is what m is for.
         side = self._sides[v]
         end = jnp.where((m > 0) | ((m == 0) & (side != 1)), box.upper, box.lower)
@@ -261,8 +288,10 @@ class Pass:
         unit = rounding.unit(walk.rows_dtype)
         lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, walk.centres.get(v))
         lost = lost + rounding.gamma(n) * jnp.abs(wide) * (jnp.abs(end) + jnp.abs(centre))
-        error = rounding.inflate(jnp.where(m == 0, 0.0, 2 * lost), n)
-        return total, walk.net.per_example(held - error, v)
+        lost = jnp.where(m == 0, 0.0, 2 * lost)
+        aimed = goal.astype(walk.dtype) * centre
+        lost = lost + 2 * rounding.gamma(n) * jnp.abs(aimed)
+        return total, walk.net.per_example(held + aimed - rounding.inflate(lost, n), v)
 
 
 # --- Ascent ---------------------------------------------------------------------------------------
@@ -411,7 +440,7 @@ def expansion(
     owners = jnp.tile(owner, 2)
     both = jax.tree.map(lambda a: a[owners], question)
     whole = domains.next.place[:, 0] < 0  # then the first half is all of it, the second not there
-    children, slope = _split(functools.partial(Pass, model, arrays, both), options, domains)
+    children, slope = split(functools.partial(Pass, model, arrays, both), options, domains)
     keep = jnp.concatenate([there, there & ~whole]) & ~(children.bound > 0)
     stuck = children.next.place[:, 0] < 0
     points = _tries(model, arrays, both, slope)
@@ -420,7 +449,7 @@ def expansion(
     return Expansion(children, owners, keep, stuck, children.bound, points, owners, broken)
 
 
-def _split(passes: Any, options: Options, domains: Domains) -> tuple[Domains, Array]:
+def split(passes: Any, options: Options, domains: Domains) -> tuple[Domains, Array]:
     """The halves (2 k) of k sub-domains, and the coefficients on the input (2 k, *input).
 
     Each candidate in turn is split and its halves are bounded before any ascent, then the best one
@@ -497,51 +526,85 @@ def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> A
 # --- The beginning --------------------------------------------------------------------------------
 
 
-def ranges(
-    model: Traceable, arrays: Any, region: InputSet, n: int, count: int, rounds: Any
-) -> tuple[Array, Array, int]:
-    """Ranges of the hidden values on n sets, (n, N) in float32 each, and how many lines are free.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Ranges of the hidden values on n sets.
 
-    Slopes are optimised for the `count` least decided values of each layer, `rounds` times over.
-    Only inside `enable_x64`.
+    Attributes:
+      lower, upper: (n, N) in float32.
+      layout: which values these are; static, as all that follows.
+      loose: of which of the layout's variables better bounds may be found.
+      free: how many values of functions have lines around them.
     """
-    import optax
 
+    lower: Array
+    upper: Array
+    layout: "Layout" = dataclasses.field(metadata={"static": True})
+    loose: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    free: int = dataclasses.field(metadata={"static": True})
+
+
+def ranges(model: Traceable, arrays: Any, region: InputSet, n: int) -> Ranges:
+    """Ranges by linear bounds with crown's own slopes. Only inside `enable_x64`."""
     graph, rows = model.trace(arrays, n)
-    walk = Walk(graph, rows, region, True, jnp.float32)
-    walk.net = dataclasses.replace(walk.net, reverse_only=True)
-    loose = []
+    walk, loose = Walk(graph, rows, region, True, jnp.float32), []
 
     def bound(walk: Walk, v: Var) -> Box:
-        if not walk.loose(v):
-            return walk.boxes[v]
-        loose.append(v)
-        return refined(walk, v)
+        loose.append(walk.loose(v))
+        return refined(walk, v) if walk.loose(v) else walk.boxes[v]
 
     walk.run(bound, every=True)
+    free = sum(_size(walk, v) for v in walk.lines)
+    ends = _flat_ends(walk, [walk.boxes[v] for v in walk.refined])
+    return Ranges(*ends, layout(walk), tuple(loose), free)
+
+
+def with_slopes(
+    model: Traceable, arrays: Any, region: InputSet, known: Ranges, count: int, rounds: Any
+) -> Ranges:
+    """The ranges with slopes optimised for the `count` least decided values of each variable,
+    `rounds` times over. Only inside `enable_x64`."""
+    import optax
+
+    n = len(known.lower)
+    graph, rows = model.trace(arrays, n)
+    walk, loose = Walk(graph, rows, region, True, jnp.float32), []
+    walk.net = dataclasses.replace(walk.net, reverse_only=True)
+
+    def bound(walk: Walk, v: Var) -> Box:
+        loose.extend([v] if walk.loose(v) else [])
+        return box_at(known.lower, known.upper, walk, v)
+
+    walk.run(bound, every=True)
+    _require_same(known.layout, layout(walk))
     boxes = tightened(walk, loose, count, rounds, 10, optax.adam(0.35))
-    none = [jnp.zeros((n, 0))]
+    lower, upper = _flat_ends(walk, boxes)
+    return dataclasses.replace(known, lower=lower, upper=upper)
+
+
+def _flat_ends(walk: Walk, boxes: list[Box]) -> tuple[Array, Array]:
+    """The ends (n, N) of the boxes of the walk's hidden values, rounded outward to float32."""
+    none = [jnp.zeros((walk.net.batch, 0))]
     low = [walk.net.flat(box.lower, v) for v, box in zip(walk.refined, boxes, strict=True)]
     high = [walk.net.flat(box.upper, v) for v, box in zip(walk.refined, boxes, strict=True)]
     lower = rounded_down(jnp.concatenate(none + low, 1), jnp.float32)
-    upper = rounded_up(jnp.concatenate(none + high, 1), jnp.float32)
-    return lower, upper, sum(_size(walk, v) for v in walk.lines)
+    return lower, rounded_up(jnp.concatenate(none + high, 1), jnp.float32)
 
 
 def beginning(
-    model: Traceable, options: Options, arrays: Any, question: Question, lower: Array, upper: Array,
-    free: int, steps: int,
+    model: Traceable, options: Options, arrays: Any, question: Question, known: Ranges, steps: int,
 ) -> Domains:  # fmt: skip
     """One sub-domain for each of n questions of one clause: the whole set, with these ranges. Only
     inside `enable_x64`."""
-    n = len(lower)
+    n, lower = len(known.lower), known.lower
     weights = question.clauses[:, 0].astype(jnp.float32)
     weights = weights / jnp.maximum(jnp.sum(weights, 1, keepdims=True), 1)
-    none = [jnp.zeros((n, m), jnp.float32) for m in (free, question.cuts.count)]
+    none = [jnp.zeros((n, m), jnp.float32) for m in (known.free, question.cuts.count)]
     start = Multipliers(none[0], jnp.zeros_like(lower), weights, none[1])
     side = jnp.zeros(lower.shape, jnp.int8)
     nothing = Candidates(*[jnp.zeros((n, 0))] * 3)
-    domains = Domains(lower, upper, side, start, jnp.zeros(n), nothing)
+    domains = Domains(lower, known.upper, side, start, jnp.zeros(n), nothing, known.layout)
     some = Pass(model, arrays, question, domains)
     ones = jnp.ones((n, len(some.hidden)), jnp.float32)
     multipliers, bound, _ = improved(some, start, ones, steps, 0.3)

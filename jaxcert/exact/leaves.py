@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.walk import Walk
-from jaxcert.exact.activations import Domains, Multipliers, Pass, ranges_of
+from jaxcert.exact.activations import Domains, Multipliers, Pass, box_at
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question
 from jaxcert.graph import Var
@@ -33,7 +33,8 @@ def settled(
     and that point, (*input). Only inside `enable_x64`.
 
     Args:
-      question: a single clause on a single set, both with a leading axis of 1.
+      question: a single clause on a single set, (1, ...), or (b, ...) of the same over and over
+        where a batch of one is not traced as larger ones are.
       domain: one, likewise.
     """
     if not isinstance(question.region, Box | LinfBall):
@@ -44,7 +45,8 @@ def settled(
         return False, False, np.zeros(model.shape)
     multipliers, point = found
     bound = _bounded(model, arrays, question, domain, multipliers)
-    points, broken = _tried(model, arrays, question, point.reshape(1, *model.shape))
+    start = np.broadcast_to(point.reshape(1, *model.shape), (len(domain.bound), *model.shape))
+    points, broken = _tried(model, arrays, question, start)
     return bool(bound[0] > 0), bool(broken[0]), np.asarray(points[0])
 
 
@@ -54,9 +56,10 @@ def _affine(
 ) -> tuple[Array, Array, Array, Array]:
     """The hidden values (n, d) x + (n,) and the outputs (k, d) x + (k,) as functions of the input,
     along the lower lines of the sub-domain; not rounded outward."""
-    graph, rows = model.trace(arrays, 1)
+    batch = len(domain.bound)
+    graph, rows = model.trace(arrays, batch)
     walk = Walk(graph, rows, question.region, False)
-    walk.run(functools.partial(ranges_of, domain), every=True)
+    walk.run(functools.partial(box_at, domain.lower, domain.upper), every=True)
     hidden = list(walk.refined)
 
     def forward(x: Array, constant: Any) -> tuple[Array, Array]:
@@ -66,12 +69,13 @@ def _affine(
             offset = 0.0 if plane.below is None else plane.below * constant
             env[v] = jnp.broadcast_to(value + offset, v.shape)
         flat = [walk.net.flat(env[v], v)[0] for v in hidden]
-        return jnp.concatenate([jnp.zeros(0), *flat]), env[walk.output].reshape(-1)
+        return jnp.concatenate([jnp.zeros(0), *flat]), env[walk.output][0].reshape(-1)
 
     size = int(np.prod(model.shape))
     unit = jnp.eye(size).reshape(size, 1, *model.shape)
+    unit = jnp.broadcast_to(unit, (size, batch, *model.shape))
     matrices = jax.lax.map(lambda x: forward(x, 0.0), unit)
-    offsets = forward(jnp.zeros((1, *model.shape)), 1.0)
+    offsets = forward(jnp.zeros((batch, *model.shape)), 1.0)
     return matrices[0].T, offsets[0], matrices[1].T, offsets[1]
 
 
@@ -86,7 +90,7 @@ def _solved(
     from scipy.sparse import csr_array
 
     box = box_of(question.region, True)
-    low, high = (np.asarray(end, np.float64).reshape(-1) for end in (box.lower, box.upper))
+    low, high = (np.asarray(end, np.float64)[0].reshape(-1) for end in (box.lower, box.upper))
     side, lower, upper = (np.asarray(a)[0] for a in (domain.side, domain.lower, domain.upper))
     used = np.asarray(question.clauses)[0, 0]
     rows = np.asarray(question.matrix)[0][used]
@@ -118,7 +122,8 @@ def _solved(
     weights[used] = np.maximum(duals[: len(rows)], 0)
     weights /= max(weights.sum(), 1e-30)
     share: Any = domain.multipliers.share
-    others: Any = [m[None] for m in (hidden, weights, np.maximum(of_cuts, 0))]
+    each: Any = (hidden, weights, np.maximum(of_cuts, 0))
+    others: Any = [np.broadcast_to(m, (len(share), len(m))) for m in each]
     given = Multipliers(share, *others)
     return given, np.clip(answer.x[:-2], low, high)
 
@@ -130,4 +135,4 @@ def _bounded(model, arrays, question, domain, multipliers) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tried(model, arrays, question, points) -> tuple[Array, Array]:
-    return model.tried(arrays, question, points, jnp.zeros(1, jnp.int32))[:2]
+    return model.tried(arrays, question, points, jnp.zeros(len(points), jnp.int32))[:2]

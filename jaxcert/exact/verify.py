@@ -15,7 +15,7 @@ from jaxcert.attacks import gradient
 from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.planes import PLANES
 from jaxcert.certificate import Reason, Status, Verdict
-from jaxcert.exact import activations, inputs, leaves, search
+from jaxcert.exact import activations, inputs, leaves, search, tightening
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.pool import Pool
 from jaxcert.exact.question import Cuts, Question, question
@@ -229,6 +229,7 @@ class _Search:
     def __init__(self, model, arrays, asked: Question, outcome: Outcome, clock: _Clock, key):
         self.model, self.arrays, self.asked = model, arrays, asked
         self.outcome, self.clock, self.key = outcome, clock, key
+        self.rate = 0.0  # sub-domains a second, at best
 
     def tighten(self) -> None:
         """Take from the sets' boxes what their cuts cut off; of what is empty, all is true."""
@@ -277,16 +278,17 @@ class _Search:
         """Branch and bound on hidden values, each clause a question of its own."""
         here, clause = np.nonzero(np.asarray(self.asked.clauses).any(2))
         n = len(here)
-        more = _rounded(n) - n  # copies of the first, which are not asked
+        least = self.model.least_batch(self.arrays)
+        more = max(_rounded(n), least) - n  # copies of the first, which are not asked
         here, clause = (np.concatenate([a, np.repeat(a[:1], more)]) for a in (here, clause))
-        asked, domains = _each_clause(self.asked, here, clause), None
+        asked = _each_clause(self.asked, here, clause)
         waiting = np.arange(len(here)) < n
-        options, k = activations.Options(), 16
+        n = max(len(self.outcome.status), least)
+        known = _ranged(self.model, self.arrays, _repeated(self.asked.region, n), n)
+        domains: Any = None
         for rounds in (0, 2):
-            lower, upper, free = self._ranges(rounds)
-            domains = _beginnings(
-                self.model, options, free, self.arrays, asked, lower[here], upper[here]
-            )
+            known = self._with_slopes(known, rounds) if rounds else known
+            domains = self._beginnings(known, asked, here)
             waiting &= ~(np.asarray(domains.bound) > 0)
             self._settle_proved(here, waiting)
             if not self.outcome.open.any() or self.clock.over(self.outcome):
@@ -295,20 +297,73 @@ class _Search:
         left = np.flatnonzero(waiting & self.outcome.open[here])
         if len(left) == 0:
             return
+        k = 16
 
         def block(state, steps):
-            return _hidden_block(self.model, options, k, self.arrays, asked, state, steps)
+            return _hidden_block(self.model, OPTIONS, k, self.arrays, asked, state, steps)
 
         on_host = jax.tree.map(np.asarray, asked)
 
         def settle(leaf, i):
             mine = jax.tree.map(lambda a: a[i : i + 1], on_host)
+            mine, leaf = _repeated((mine, leaf), least)
             return leaves.settled(self.model, self.arrays, mine, leaf)
 
         if domains.lower.shape[1] == 0:  # an affine model: each sub-domain is a leaf
             self._settle_affine(settle, domains, left, here)
             return
-        self._run(block, settle, k, domains, left, here)
+        began = self.clock.seconds
+        targets = tightening.undecided(known, np.flatnonzero(self.outcome.open))
+        work = SPLITS * sum(map(len, targets))
+
+        def pause():  # once the search has taken as long as tightening will take
+            seconds = work / max(self.rate, 1e-9)
+            now = self.clock.seconds
+            return now - began > seconds and seconds < (self.clock.budget.seconds - now) / 2
+
+        left = self._run(block, settle, k, domains, left, here, pause)
+        if len(left) == 0:
+            return
+        known = self._with_splits(known, domains)
+        domains = self._beginnings(known, asked, here)
+        left = left[~(np.asarray(domains.bound)[left] > 0)]
+        self._settle_proved(here, np.isin(np.arange(len(here)), left))
+        if self.outcome.open.any():
+            self._run(block, settle, k, domains, left, here)
+
+    def _beginnings(self, known: activations.Ranges, asked: Question, here: np.ndarray) -> Any:
+        lower, upper = np.asarray(known.lower)[here], np.asarray(known.upper)[here]
+        known = dataclasses.replace(known, lower=lower, upper=upper)
+        return _beginnings(self.model, OPTIONS, self.arrays, asked, known)
+
+    def _with_slopes(self, known: activations.Ranges, rounds: int) -> activations.Ranges:
+        times = jnp.asarray(rounds, jnp.int32)
+        region = _repeated(self.asked.region, len(known.lower))
+        return _sloped(self.model, 256, self.arrays, region, known, times)
+
+    def _with_splits(
+        self, known: activations.Ranges, like: activations.Domains
+    ) -> activations.Ranges:
+        """The ranges of the open sets tightened by splitting, in half of the time left."""
+        owners, on_host = np.flatnonzero(self.outcome.open), jax.tree.map(np.asarray, self.asked)
+        until = (self.clock.seconds + self.clock.budget.seconds) / 2
+        for v in range(len(known.layout)):
+            targets = tightening.undecided(known, owners)[v]
+            for start in range(0, len(targets), TARGETS):
+                if self.clock.seconds > until:
+                    return known
+                part = targets.part(start, TARGETS)
+                mine = jax.tree.map(lambda a, part=part: a[part.owner], on_host)
+                values = _split_ranges(
+                    self.model, OPTIONS, SPLITS, self.arrays, mine, part.place, part.sign,
+                    tightening.beginning(known, part, like),
+                )  # fmt: skip
+                known = tightening.entered(known, part, values)
+                self.outcome.visited += TARGETS * SPLITS
+                self.clock.report(self.outcome, len(owners))
+            if len(targets):
+                known = self._with_slopes(known, 1)
+        return known
 
     def _settle_affine(self, settle, domains, left: np.ndarray, owner: np.ndarray) -> None:
         waiting = np.zeros(len(self.outcome.status), bool)
@@ -317,13 +372,6 @@ class _Search:
             waiting[owner[i]] |= not self._leaf(settle, leaf, i, owner)
         self.outcome.settle(waiting, Status.UNKNOWN, Reason.NUMERICS)
         self.outcome.settle(~waiting, Status.VERIFIED)
-
-    def _ranges(self, rounds: int) -> tuple[Array, Array, int]:
-        n = len(self.outcome.status)
-        count = 256
-        times = jnp.asarray(rounds, jnp.int32)
-        lower, upper, free = _ranged(self.model, count, self.arrays, self.asked.region, n, times)
-        return lower, upper, int(free)
 
     def _settle_proved(self, owner: np.ndarray, waiting: np.ndarray) -> None:
         """VERIFIED for the sets none of whose clauses wait."""
@@ -334,9 +382,11 @@ class _Search:
     # --- The loop
 
     def _run(
-        self, block, settle, k: int, start: Any, places: np.ndarray, owner: np.ndarray
-    ) -> None:
-        """Work on sub-domains until all questions are answered or the budget is used up.
+        self, block, settle, k: int, start: Any, places: np.ndarray, owner: np.ndarray,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> np.ndarray:  # fmt: skip
+        """Work on sub-domains until all questions are answered or the budget is used up, or until
+        it may `pause`. Returns the questions that are not answered then.
 
         Args:
           block: (stack, steps) -> stack.
@@ -350,6 +400,7 @@ class _Search:
         n = len(owner)
         pool = Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
         steps, stuck = 1, np.zeros(len(self.outcome.status), bool)
+        given_up: set[int] = set()
         next_attack = self.clock.seconds + 0.5
         while True:
             began = time.perf_counter()
@@ -360,9 +411,9 @@ class _Search:
             for i in np.flatnonzero(broken):
                 self.outcome.falsify(np.arange(len(stuck)) == owner[i], example[i][None])
             for leaf, i in pool.take_leaves():
-                stuck[owner[i]] |= self.outcome.open[owner[i]] and not self._leaf(
-                    settle, leaf, i, owner
-                )
+                if self.outcome.open[owner[i]] and not self._leaf(settle, leaf, i, owner):
+                    stuck[owner[i]] = True
+                    given_up.add(i)
             waiting = pool.waiting()
             self.clock.report(self.outcome, sum(waiting.values()))
             unproved = np.zeros(len(stuck), bool)
@@ -371,12 +422,15 @@ class _Search:
             self.outcome.settle(~unproved & ~stuck, Status.VERIFIED)
             over = self.clock.over(self.outcome) or pool.make_room()
             if not (self.outcome.open & unproved).any():
-                return
+                return np.zeros(0, np.int64)
             if over:
                 self.outcome.settle(unproved, Status.UNKNOWN, over)
-                return
+                return np.zeros(0, np.int64)
+            if pause():
+                return np.array([i for i in {*waiting, *given_up} if self.outcome.open[owner[i]]])
             pool.drop(owner, self.outcome.open)
             took = time.perf_counter() - began
+            self.rate = max(self.rate, (int(pool.stack.visited) - before) / took)
             steps = min(2 * steps, 64) if took < 0.3 else max(1, int(steps * 0.5 / took))
             if self.clock.seconds > next_attack:
                 self.attack(rounds=32)
@@ -392,6 +446,11 @@ class _Search:
                 np.arange(len(self.outcome.status)) == owner[question], example[None]
             )
         return proved or broken
+
+
+def _repeated(tree: Any, n: int) -> Any:
+    """Arrays (m, ...) with their last entries repeated up to n."""
+    return jax.tree.map(lambda a: np.asarray(a)[np.minimum(np.arange(n), len(a) - 1)], tree)
 
 
 def _rounded(n: int) -> int:
@@ -436,6 +495,8 @@ def _each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Quest
 
 
 RESTARTS = 64
+OPTIONS = activations.Options()
+SPLITS, TARGETS = 15, 32  # of each end of a hidden value's range, and ends at a time
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -476,11 +537,21 @@ def _hidden_block(model, options, k, arrays, asked, state, steps):
     return search.block(expand, k, state, steps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _ranged(model, count, arrays, region, n, rounds):
-    return activations.ranges(model, arrays, region, n, count, rounds)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _ranged(model, arrays, region, n):
+    return activations.ranges(model, arrays, region, n)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sloped(model, count, arrays, region, known, rounds):
+    return activations.with_slopes(model, arrays, region, known, count, rounds)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _beginnings(model, options, free, arrays, asked, lower, upper):
-    return activations.beginning(model, options, arrays, asked, lower, upper, free, 20)
+def _split_ranges(model, options, splits, arrays, question, place, sign, start):
+    return tightening.bounds(model, options, splits, arrays, question, place, sign, start)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _beginnings(model, options, arrays, asked, known):
+    return activations.beginning(model, options, arrays, asked, known, 20)

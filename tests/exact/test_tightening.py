@@ -1,0 +1,104 @@
+"""Ranges of hidden values that were tightened by splitting, against enumeration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from enumeration import least_row
+from nets import net, random_weights
+
+from jaxcert import Box, LinfBall, Reason, Spec, Status
+from jaxcert.exact import Budget, activations, tightening, verify
+from jaxcert.exact.model import Traceable
+from jaxcert.exact.question import question
+from jaxcert.model import split
+
+ENDS = np.array([[-1.0, -0.5]]), np.array([[0.5, 1.0]])
+OPTIONS = activations.Options()
+
+
+def ranges_of(f, splits):
+    """Ranges of the net's hidden values on the box, before and after that many splits of each."""
+    with jax.enable_x64(True):
+        arrays, structure = split(f, jnp.zeros((1, 2), jnp.float32))
+        model = Traceable(structure, (2,), jnp.dtype("float32"), False, ())
+        box = Box(*map(jnp.asarray, ENDS))
+        asked = question(box, Spec(np.eye(3)[:1], np.zeros(1)), 1, 3)
+        known = jax.jit(lambda a: activations.ranges(model, a, box, 1))(arrays)
+        start = jax.jit(lambda a, k: activations.beginning(model, OPTIONS, a, asked, k, 0))
+        like = start(arrays, known)
+        before = known
+        (targets,) = [t for t in tightening.undecided(known, np.arange(1)) if len(t)]
+        mine = jax.tree.map(lambda a: jnp.asarray(a)[targets.owner], asked)
+        values = jax.jit(
+            lambda a, s: tightening.bounds(
+                model, OPTIONS, splits, a, mine, targets.place, targets.sign, s
+            )
+        )(arrays, tightening.beginning(known, targets, like))
+        return before, tightening.entered(known, targets, values)
+
+
+def test_ranges_hold_and_are_tighter():
+    weights = random_weights(7)
+    before, after = ranges_of(net(weights), 15)
+    assert before.layout == (("add", 5), ("add", 5))
+    least, most = [], []
+    for row in np.eye(5):
+        least.append(least_row(weights[:2], *[e[0] for e in ENDS], row[None], np.zeros(1)))
+        most.append(-least_row(weights[:2], *[e[0] for e in ENDS], -row[None], np.zeros(1)))
+    slack = 1e-6  # of the enumeration's linear programs
+    for known in (before, after):
+        assert np.all(known.lower[0, 5:] <= np.array(least) + slack)
+        assert np.all(known.upper[0, 5:] >= np.array(most) - slack)
+    around_zero = (before.lower[0, 5:] < 0) & (before.upper[0, 5:] > 0)
+    assert around_zero.sum() >= 2
+    exact, was, now = (
+        (high - low)[np.asarray(around_zero)].sum()
+        for high, low in (
+            (np.array(most), np.array(least)),
+            (before.upper[0, 5:], before.lower[0, 5:]),
+            (after.upper[0, 5:], after.lower[0, 5:]),
+        )
+    )
+    assert now - exact < 0.5 * (was - exact)
+
+
+def test_the_first_layer_is_not_touched():
+    weights = random_weights(7)
+    before, after = ranges_of(net(weights), 1)
+    assert np.array_equal(before.lower[:, :5], after.lower[:, :5])
+
+
+def attention(x):
+    """Attention, (b, 8) -> (b, 3); `jnp.matmul` squeezes axes of size 1, so a batch of one has other
+    equations."""
+    tokens = jnp.maximum(x.reshape(-1, 2, 4) - 0.25, 0)
+    heads = tokens.reshape(len(x), 2, 2, 2).transpose(0, 2, 1, 3)
+    scores = jnp.matmul(heads, heads.transpose(0, 1, 3, 2))
+    mixed = jnp.matmul(jax.nn.softmax(scores), heads)
+    flat = mixed.transpose(0, 2, 1, 3).reshape(len(x), 8)
+    return jnp.maximum(flat - 0.1, 0)[:, :3]
+
+
+def test_a_batch_of_one_with_other_equations():
+    """Hidden ranges found for a batch of one were taken for other values of larger batches."""
+    x = np.linspace(0, 1, 8, dtype="f")[None]
+    arrays, structure = split(attention, jnp.asarray(x))
+    model = Traceable(structure, (8,), jnp.dtype("float32"), False, ())
+    with jax.enable_x64(True):
+        assert model.least_batch(arrays) == 2
+    points = x + np.random.default_rng(0).uniform(-0.05, 0.05, (10_000, 8)).astype("f")
+    lowest = float(np.asarray(attention(jnp.asarray(points)))[:, 2].min())
+    ball = LinfBall(jnp.asarray(x), 0.05)
+    row = jnp.eye(3)[2:]
+    ask = {"budget": Budget(seconds=600, domains=100), "split_inputs": False}
+    violated = verify(attention, ball, Spec(row, jnp.array([-lowest])), **ask)
+    assert violated.status.tolist() == [Status.FALSIFIED]
+    held = verify(attention, ball, Spec(row, jnp.array([0.5 - lowest])), **ask)
+    assert held.status.tolist() == [Status.VERIFIED], Reason(int(held.reason[0]))
+
+
+def test_a_batch_of_one_with_the_same_equations():
+    arrays, structure = split(net(random_weights(0)), jnp.zeros((1, 2)))
+    model = Traceable(structure, (2,), jnp.dtype("float32"), False, ())
+    with jax.enable_x64(True):
+        assert model.least_batch(arrays) == 1
