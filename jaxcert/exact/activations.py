@@ -365,6 +365,16 @@ def _allowed(p: Multipliers, side: Array) -> Multipliers:
 
 def candidates(some: Pass, given: Multipliers, count: int) -> Candidates:
     """What to split next: where functions leave the largest gaps at these multipliers."""
+    gain, cut, unit = gaps(some, given)
+    best, place = jax.lax.top_k(gain, min(count, gain.shape[1]))
+    place = jnp.where(best > 0, place.astype(jnp.int32), -1)
+    return Candidates(place, jnp.take_along_axis(cut, jnp.maximum(place, 0), 1), unit)
+
+
+def gaps(some: Pass, given: Multipliers) -> tuple[Array, Array, Array]:
+    """How much of the gap between a row and its bound is due to the functions of each hidden value,
+    (k, n), negative where cutting it would not help; where it would be cut, (k, n); and the largest
+    coefficient on each hidden variable, (k, v)."""
     walk, net = some.walk, some.walk.net
     seen: dict[Var, Array] = {}
     some.bound(given, seen)
@@ -391,10 +401,8 @@ def candidates(some: Pass, given: Multipliers, count: int) -> Candidates:
         size = jnp.max(rows, 1, initial=0.0, keepdims=True)
         size = jnp.where((size > 0) & jnp.isfinite(size), size, 1.0)
         unit.append(size.astype(jnp.float32))
-    gains_, cuts_, units = (jnp.concatenate(parts, 1) for parts in (gain, cut, unit))
-    best, place = jax.lax.top_k(gains_, min(count, gains_.shape[1]))
-    place = jnp.where(best > 0, place.astype(jnp.int32), -1)
-    return Candidates(place, jnp.take_along_axis(cuts_, jnp.maximum(place, 0), 1), units)
+    found = [jnp.concatenate(parts, 1) for parts in (gain, cut, unit)]
+    return found[0], found[1], found[2]
 
 
 def _cut(walk: Walk, y: Var, x: Var) -> Array:

@@ -48,19 +48,23 @@ class Targets:
         return Targets(self.owner[index], self.place[index], self.sign[index])
 
 
-def undecided(known: Ranges, owners: np.ndarray) -> list[Targets]:
-    """Both ends of the ranges around zero on some of the sets, those that reach furthest to both
-    sides first; for each hidden variable but those that are exact."""
-    lower, upper = np.asarray(known.lower)[owners], np.asarray(known.upper)[owners]
+def targets(known: Ranges, owner: np.ndarray, gain: np.ndarray) -> list[Targets]:
+    """Both ends of the ranges that matter, for each hidden variable, the most promising first.
+
+    Args:
+      known: the ranges of n sets.
+      owner: of which set each of q questions is, (q,).
+      gain: how much each hidden value matters to each question, (q, N).
+    """
+    worth = np.zeros(np.shape(known.lower))
+    np.maximum.at(worth, owner, np.asarray(gain))
     found, start = [], 0
     for (_, size), loose in zip(known.layout, known.loose, strict=True):
-        part = slice(start, start + size)
-        reach = np.minimum(-lower[:, part], upper[:, part])
-        row, place = np.nonzero((reach > 0) & loose)
-        order = np.argsort(-reach[row, place], kind="stable")
+        mine = worth[:, start : start + size] * loose
+        row, place = np.nonzero(mine > 2.0**-90)
+        order = np.argsort(-mine[row, place], kind="stable")
         row, place = np.repeat(row[order], 2), np.repeat(place[order], 2) + start
-        sign = np.tile(np.array([1, -1], np.float32), len(order))
-        found.append(Targets(owners[row], place, sign))
+        found.append(Targets(row, place, np.tile(np.array([1, -1], np.float32), len(order))))
         start += size
     return found
 

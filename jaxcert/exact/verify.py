@@ -312,19 +312,21 @@ class _Search:
         if domains.lower.shape[1] == 0:  # an affine model: each sub-domain is a leaf
             self._settle_affine(settle, domains, left, here)
             return
-        began = self.clock.seconds
-        targets = tightening.undecided(known, np.flatnonzero(self.outcome.open))
-        work = SPLITS * sum(map(len, targets))
+        gain = _gains(self.model, self.arrays, asked, domains)
+        targets = tightening.targets(known, here[left], np.asarray(gain)[left])
+        began, splits = self.clock.seconds, SPLITS * sum(map(len, targets))
 
-        def pause():  # once the search has taken as long as tightening will take
-            seconds = work / max(self.rate, 1e-9)
-            now = self.clock.seconds
-            return now - began > seconds and seconds < (self.clock.budget.seconds - now) / 2
+        def for_tightening() -> float:  # seconds: for all targets, or half of those left
+            left = self.clock.budget.seconds - self.clock.seconds
+            return min(splits / max(self.rate, 1e-9), left / 2)
+
+        def pause():  # once the search has taken a third of that
+            return splits > 0 and 3 * (self.clock.seconds - began) > for_tightening()
 
         left = self._run(block, settle, k, domains, left, here, pause)
         if len(left) == 0:
             return
-        known = self._with_splits(known, domains)
+        known = self._with_splits(known, targets, domains, for_tightening())
         domains = self._beginnings(known, asked, here)
         left = left[~(np.asarray(domains.bound)[left] > 0)]
         self._settle_proved(here, np.isin(np.arange(len(here)), left))
@@ -342,27 +344,33 @@ class _Search:
         return _sloped(self.model, 256, self.arrays, region, known, times)
 
     def _with_splits(
-        self, known: activations.Ranges, like: activations.Domains
-    ) -> activations.Ranges:
-        """The ranges of the open sets tightened by splitting, in half of the time left."""
-        owners, on_host = np.flatnonzero(self.outcome.open), jax.tree.map(np.asarray, self.asked)
-        until = (self.clock.seconds + self.clock.budget.seconds) / 2
-        for v in range(len(known.layout)):
-            targets = tightening.undecided(known, owners)[v]
-            for start in range(0, len(targets), TARGETS):
-                if self.clock.seconds > until:
-                    return known
-                part = targets.part(start, TARGETS)
-                mine = jax.tree.map(lambda a, part=part: a[part.owner], on_host)
-                values = _split_ranges(
-                    self.model, OPTIONS, SPLITS, self.arrays, mine, part.place, part.sign,
-                    tightening.beginning(known, part, like),
-                )  # fmt: skip
-                known = tightening.entered(known, part, values)
-                self.outcome.visited += TARGETS * SPLITS
-                self.clock.report(self.outcome, len(owners))
-            if len(targets):
-                known = self._with_slopes(known, 1)
+        self, known: activations.Ranges, targets: list[tightening.Targets],
+        like: activations.Domains, seconds: float,
+    ) -> activations.Ranges:  # fmt: skip
+        """The ranges tightened by splitting, in so many seconds; each hidden variable has its share
+        of them, and those behind are the better for it."""
+        on_host = jax.tree.map(np.asarray, self.asked)
+
+        def tightened(known: activations.Ranges, part: tightening.Targets) -> activations.Ranges:
+            mine = jax.tree.map(lambda a: a[part.owner], on_host)
+            values = _split_ranges(
+                self.model, OPTIONS, SPLITS, self.arrays, mine, part.place, part.sign,
+                tightening.beginning(known, part, like),
+            )  # fmt: skip
+            self.outcome.visited += TARGETS * SPLITS
+            self.clock.report(self.outcome, int(self.outcome.open.sum()))
+            return tightening.entered(known, part, values)
+
+        some = [each for each in targets if len(each)]
+        known = tightened(known, some[0].part(0, TARGETS))  # which is when it is compiled
+        total, done, began = sum(map(len, some)), 0, self.clock.seconds
+        for each in some:
+            done += len(each)
+            for start in range(0, len(each), TARGETS):
+                if self.clock.seconds > began + seconds * done / total:
+                    break
+                known = tightened(known, each.part(start, TARGETS))
+            known = self._with_slopes(known, 1)
         return known
 
     def _settle_affine(self, settle, domains, left: np.ndarray, owner: np.ndarray) -> None:
@@ -545,6 +553,12 @@ def _ranged(model, arrays, region, n):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sloped(model, count, arrays, region, known, rounds):
     return activations.with_slopes(model, arrays, region, known, count, rounds)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gains(model, arrays, question, domains):
+    some = activations.Pass(model, arrays, question, domains)
+    return activations.gaps(some, domains.multipliers)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

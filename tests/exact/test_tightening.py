@@ -26,8 +26,8 @@ def ranges_of(f, splits):
         known = jax.jit(lambda a: activations.ranges(model, a, box, 1))(arrays)
         start = jax.jit(lambda a, k: activations.beginning(model, OPTIONS, a, asked, k, 0))
         like = start(arrays, known)
-        before = known
-        (targets,) = [t for t in tightening.undecided(known, np.arange(1)) if len(t)]
+        before, owner, gains = known, np.zeros(1, int), np.ones_like(known.lower)
+        (targets,) = [t for t in tightening.targets(known, owner, gains) if len(t)]
         mine = jax.tree.map(lambda a: jnp.asarray(a)[targets.owner], asked)
         values = jax.jit(
             lambda a, s: tightening.bounds(
@@ -69,8 +69,7 @@ def test_the_first_layer_is_not_touched():
 
 
 def attention(x):
-    """Attention, (b, 8) -> (b, 3); `jnp.matmul` squeezes axes of size 1, so a batch of one has other
-    equations."""
+    """`jnp.matmul` squeezes axes of size 1, so that a batch of one has other equations."""
     tokens = jnp.maximum(x.reshape(-1, 2, 4) - 0.25, 0)
     heads = tokens.reshape(len(x), 2, 2, 2).transpose(0, 2, 1, 3)
     scores = jnp.matmul(heads, heads.transpose(0, 1, 3, 2))
