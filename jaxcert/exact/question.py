@@ -19,6 +19,7 @@ import numpy as np
 from scipy import optimize
 
 from jaxcert.bounds import rounding
+from jaxcert.model import as_float64
 from jaxcert.sets import AnySet, Array, Box, InputSet, Polytope, like, uncut
 from jaxcert.specs import AllOf, AnyOf, Property, Spec
 
@@ -166,6 +167,20 @@ class Question:
         lower, upper = self.region.lower, self.region.upper
         matrix = self.cuts.matrix.reshape(len(lower), self.cuts.count, *lower.shape[1:])
         return Polytope(lower, upper, matrix, self.cuts.offset)
+
+
+def one_by_one(region: AnySet) -> AnySet:
+    """The sets with every array but inequalities spread over the batch, in float64. Only inside
+    `enable_x64`."""
+    if isinstance(region, Polytope):
+        lower, upper = as_float64((jnp.asarray(region.lower), jnp.asarray(region.upper)))
+        return Polytope(lower, upper, region.matrix, region.offset)
+    region = as_float64(jax.tree.map(jnp.asarray, region))
+    if isinstance(region, Box | Polytope):
+        return region
+    shape = region.x.shape
+    valid = jax.tree.map(lambda end: jnp.broadcast_to(end, shape), region.valid)
+    return dataclasses.replace(region, eps=jnp.broadcast_to(region.eps, shape[:1]), valid=valid)
 
 
 def question(region: AnySet, prop: Property, n: int, k: int) -> Question:

@@ -142,7 +142,7 @@ def _with_examples(state: Stack, found: Expansion) -> tuple[Array, Array]:
     return state.broken | (last >= 0), example
 
 
-def has_room(state: Stack, k: int) -> Array:
+def _has_room(state: Stack, k: int) -> Array:
     """Whether a step cannot overflow: it puts at most 2 k sub-domains in the place of k."""
     leaves = state.leaf_count + 2 * k <= len(state.leaf_owner)
     return (state.count + k <= state.capacity) & leaves
@@ -154,7 +154,7 @@ def block(expand: Expand, k: int, state: Stack, steps: Any) -> Stack:
 
     def goes_on(carry):
         done, state = carry
-        room = has_room(state, k)
+        room = _has_room(state, k)
         return (done < steps) & (state.count > 0) & room
 
     def body(carry):

@@ -75,7 +75,7 @@ def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     """f = |x_0| + |x_1| + x_0 over balls around (1, 1)."""
     x = jnp.ones((2, 2))
     least = {L2Ball: 3 - np.sqrt(5) / 2, L1Ball: 2.0, LinfBall: 1.5}[ball]
-    spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-3 - least], [-1e-3 - least]]))
+    spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-5 - least], [-1e-5 - least]]))
     verdict = verify(_sizes, ball(x, 0.5), spec, split_inputs=split_inputs, budget=BUDGET)
     assert verdict.status.tolist() == [Status.VERIFIED, Status.FALSIFIED]
     delta = np.asarray(verdict.counterexample[1] - x[1], np.float64)
