@@ -178,7 +178,8 @@ def as_float64(tree: Any) -> Any:
 
 def _concrete_float64(x: Any) -> Array:
     """x in float64, where it is; by NumPy, as operations outside of jit are compiled one by one."""
-    wide = np.asarray(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        wide = np.asarray(x).astype(np.float64)
     committed = isinstance(x, jax.Array) and x.committed
     return jax.device_put(wide, x.sharding) if committed else jnp.asarray(wide)
 

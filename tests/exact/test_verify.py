@@ -123,7 +123,17 @@ def test_a_dip_that_gradients_do_not_see_is_found():
     ],
 )
 def test_what_runs_out_is_named(budget, reason):
-    """|a| + |b| - |a + b| >= 0 with equality on half of the plane: many boxes at such a margin."""
+    seen = []
+    f, prop = _many_boxes(1e-7)
+    verdict = verify(f, REGION, prop, split_inputs=True, budget=budget, report=seen.append)
+    assert verdict.status.tolist() == [Status.UNKNOWN] * 3
+    assert verdict.reason.tolist() == [reason] * 3
+    assert seen[-1].visited > 0
+    assert seen[-1].unanswered == 3
+
+
+def _many_boxes(margin):
+    """|a| + |b| - |a + b| >= 0 with equality on half of the plane: many boxes at small margins."""
     first = np.zeros((2, 5)), np.zeros(5)
     first[0][:, :4] = [[1, -1, 0, 0], [0, 0, 1, -1]]
     second = np.zeros((5, 5)), np.zeros(5)
@@ -131,13 +141,33 @@ def test_what_runs_out_is_named(budget, reason):
     last = np.zeros((5, 3)), np.zeros(3)
     last[0][:3, 0] = [1, -1, -1]
     f = net([tuple(np.float32(a) for a in layer) for layer in (first, second, last)])
-    prop = any_of(np.float32([[1, 0, 0], [1, 0, 0]]), np.float32([1e-7] * 3))
+    return f, any_of(np.float32([[1, 0, 0], [1, 0, 0]]), np.float32([margin] * 3))
+
+
+@pytest.mark.parametrize(
+    ("memory", "status", "reason"),
+    [
+        (2**31, Status.VERIFIED, Reason.NONE),
+        (60_000, Status.VERIFIED, Reason.NONE),
+        (1, Status.UNKNOWN, Reason.MEMORY),
+    ],
+)
+def test_what_spills_to_the_host_is_worked_on(memory, status, reason):
+    """A property that needs more boxes at a time than the smallest stack holds, `SMALLEST`."""
+    (w, b), *others = random_weights(0)
+    prop = any_of(rows(0), np.float32([-3.05] * 3))
     seen = []
-    verdict = verify(f, REGION, prop, split_inputs=True, budget=budget, report=seen.append)
-    assert verdict.status.tolist() == [Status.UNKNOWN] * 3
-    assert verdict.reason.tolist() == [reason] * 3
-    assert seen[-1].visited > 0
-    assert seen[-1].unanswered == 3
+    verdict = verify(
+        net([(3 * w, b), *others]), REGION, prop, split_inputs=True, report=seen.append,
+        budget=Budget(seconds=600, memory=memory),
+    )  # fmt: skip
+    assert (verdict.status == status).any()
+    assert set(verdict.reason.tolist()) <= {Reason.NONE, reason}
+    assert not (verdict.status == Status.FALSIFIED).any()
+    assert (max(progress.waiting for progress in seen) > SMALLEST) == (memory > 1)
+
+
+SMALLEST = 4 * 32 + 3
 
 
 def test_a_model_that_closes_over_its_kernel_is_replayed_too():
