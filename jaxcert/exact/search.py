@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcert.model import is_traced
 from jaxcert.sets import Array
 
 
@@ -87,9 +88,11 @@ def stack(domains: Any, example: Any, capacity: int, leaves: int) -> Stack:
       leaves: how many of these there is room for.
     """
     n = len(example)
+    # Where there are values, in numpy: small programs would be compiled in each process.
+    lib: Any = jnp if is_traced(domains) else np
 
-    def roomy(a: Any) -> np.ndarray:  # in numpy: small programs would be compiled in each process
-        return np.concatenate([a, np.zeros((capacity - n, *a.shape[1:]), a.dtype)])
+    def roomy(a: Any) -> Any:
+        return lib.concatenate([a, np.zeros((capacity - n, *a.shape[1:]), a.dtype)])
 
     def empty(a: Any) -> np.ndarray:
         return np.zeros((leaves, *a.shape[1:]), a.dtype)
@@ -142,7 +145,7 @@ def _with_examples(state: Stack, found: Expansion) -> tuple[Array, Array]:
     return state.broken | (last >= 0), example
 
 
-def _has_room(state: Stack, k: int) -> Array:
+def has_room(state: Stack, k: int) -> Array:
     """Whether a step cannot overflow: it puts at most 2 k sub-domains in the place of k."""
     leaves = state.leaf_count + 2 * k <= len(state.leaf_owner)
     return (state.count + k <= state.capacity) & leaves
@@ -154,7 +157,7 @@ def block(expand: Expand, k: int, state: Stack, steps: Any) -> Stack:
 
     def goes_on(carry):
         done, state = carry
-        room = _has_room(state, k)
+        room = has_room(state, k)
         return (done < steps) & (state.count > 0) & room
 
     def body(carry):
