@@ -110,7 +110,10 @@ def one_hidden(function, x):
 
 @pytest.mark.parametrize(
     ("function", "signs", "reason"),
-    [(jax.nn.relu, [1], Reason.NUMERICS), (jax.nn.sigmoid, [0], Reason.LOOSE)],
+    [
+        (jax.nn.relu, [1], Reason.NUMERICS),
+        (jax.nn.sigmoid, [0], Reason.LOOSE),
+    ],
 )
 def test_the_reason_is_numerical_only_where_the_model_is_affine(function, signs, reason):
     """relu(z) - 1/2 and sigmoid(z) - 1/2 for z = x_0 + x_1 have zeros on the leaf; with these
