@@ -52,12 +52,19 @@ class Solution:
     multipliers: np.ndarray
     x: np.ndarray
 
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers are."""
+        return bool(np.isfinite([*self.weights, *self.multipliers, *self.x]).all())
+
 
 def solved(program: Program, seconds: float) -> Solution | None:
     """A nearly optimal solution, or None if none was found in that time."""
     if not program.finite or seconds <= 0:
         return None
-    return _interior(program, seconds) if program.norm == 2.0 else _simplex(program, seconds)
+    method = _interior if program.norm == 2.0 else _simplex
+    found = method(program, seconds)
+    return found if found is not None and found.finite else None
 
 
 # --- Linear programs ------------------------------------------------------------------------------
@@ -141,7 +148,7 @@ def _interior(program: Program, seconds: float) -> Solution | None:
             break
         centre = 0.1 * gap / len(y)
         newton = scaled.newton(z, y, centre)
-        moved = newton and scaled.moved(z, y, *newton, centre)
+        moved = None if newton is None else scaled.moved(z, y, *newton, centre)
         if moved is None:
             break
         z, y = moved
@@ -201,7 +208,7 @@ class _Scaled:
         return np.concatenate(parts)
 
     def pulled(self, z: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The objective's gradient and, for each constraint, its own times a multiplier."""
+        """The objective's gradient plus those of the constraints, each times its multiplier."""
         of_rows, left, right, ball = self.split(y)
         slope = self.matrix.T @ of_rows
         slope[:-2] += right - left + 2 * ball * z[:-2]
