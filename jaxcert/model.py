@@ -169,14 +169,22 @@ def as_float64(tree: Any) -> Any:
     """Every float array of a pytree in float64, which is exact. Only inside `enable_x64`."""
 
     def widen(leaf):
-        if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            return _float64(jnp.asarray(leaf))
-        return leaf
+        if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            return leaf
+        return _traced_float64(leaf) if is_traced(leaf) else _concrete_float64(leaf)
 
     return jax.tree.map(widen, tree)
 
 
-def _float64(x: Array) -> Array:
+def _concrete_float64(x: Any) -> Array:
+    """x in float64, where it is; by NumPy, as operations outside of jit are compiled one by one."""
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
+        wide = np.asarray(x).astype(np.float64)
+    committed = isinstance(x, jax.Array) and x.committed
+    return jax.device_put(wide, x.sharding) if committed else jnp.asarray(wide)
+
+
+def _traced_float64(x: Array) -> Array:
     """x in float64, subnormal numbers included, which XLA's cast flushes to zero on CPU."""
     wide = x.astype(jnp.float64)
     info = jnp.finfo(x.dtype)

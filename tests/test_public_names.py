@@ -16,7 +16,7 @@ NAMES = {
         Bound LinearBounds Method alpha_crown certified_radius certify crown crown_ibp
         forward_linear hidden_bounds ibp linear_bounds register
     """,
-    jaxcert.exact: "Budget Distance Progress certify distance verify",
+    jaxcert.exact: "Budget Distance Progress certify decide_within distance verify",
     jaxcert.smoothing: """
         Gaussian Noise SmoothingPlan certify clopper_pearson_lower predict
     """,

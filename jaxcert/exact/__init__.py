@@ -6,3 +6,4 @@ from jaxcert.exact.certify import distance as distance
 from jaxcert.exact.verify import Budget as Budget
 from jaxcert.exact.verify import Progress as Progress
 from jaxcert.exact.verify import verify as verify
+from jaxcert.exact.within import decide_within as decide_within

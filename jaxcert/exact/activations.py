@@ -214,7 +214,7 @@ class Pass:
         spec = self.spec(given.rows)
         form = dataclasses.replace(Goal(walk, spec).form, mirrored=False)
         matrix, offset = pull_back(
-            walk.net, self._planes(given), walk.output, form, self._stops(given, seen)
+            walk.net, self.planes(given), walk.output, form, self._stops(given, seen)
         )
         matrix, offset = self._with_cuts(given, matrix, offset)
         values = least(walk.around, matrix, walk.outward) + offset
@@ -249,7 +249,8 @@ class Pass:
             rounding.inflate(2 * lost, jnp.size(total))
         )
 
-    def _planes(self, given: Multipliers) -> Mapping[Var, Planes]:
+    def planes(self, given: Multipliers) -> Mapping[Var, Planes]:
+        """All planes, those of nonlinear functions mixed of their lines."""
         shares = self.by_variable(given.share, self.lines)
         mixed = {v: each.combined(shares[v]) for v, each in self.lines.items()}
         return {**self.walk.planes, **mixed}
@@ -378,7 +379,7 @@ def gaps(some: Pass, given: Multipliers) -> tuple[Array, Array, Array]:
     walk, net = some.walk, some.walk.net
     seen: dict[Var, Array] = {}
     some.bound(given, seen)
-    planes = some._planes(given)
+    planes = some.planes(given)
     gains = {v: jnp.zeros(v.shape, walk.dtype) for v in some.hidden}
     cuts = {v: walk.boxes[v].lower / 2 + walk.boxes[v].upper / 2 for v in some.hidden}
     for y in walk.lines:

@@ -131,32 +131,72 @@ def distance(
         raise ValueError(f"norm must be one of inf, 2 and 1, got {norm}")
     began = time.perf_counter()
     start = certified_radius(f, x, norm, largest=largest, valid=valid, method=crown, steps=8)
-    lower = np.asarray(start.radius, np.float64)
-    upper = np.full(lower.shape, np.inf)
-    tried = np.full(lower.shape, np.inf)  # radii that could not be decided
-    example = np.zeros(x.shape, x.dtype)
+    known = _Bracket.of(start.radius, x, largest)
     while True:
-        end = np.minimum(np.minimum(upper, tried), largest)
         left = budget.seconds - (time.perf_counter() - began)
-        undecided = lower < (1 - tolerance) * end
+        undecided = known.undecided(tolerance)
         if not undecided.any() or left <= 0:
             break
-        first = np.isinf(upper) & np.isinf(tried) & (lower < largest)
-        eps = np.where(undecided, np.where(first, largest, lower / 2 + end / 2), 0.0)
+        eps = np.where(undecided, known.next_radius(), 0.0)
         ball: Any = _BALLS[norm](x, jnp.asarray(eps, x.dtype), valid)
         # A first look may fail: what it costs must leave time for radii that are decided sooner.
         _, verdict = _asked(f, ball, dataclasses.replace(budget, seconds=left / 4))
+        known.learn(undecided, verdict, eps, ball)
+    return _distance(start.prediction, known.lower, known.upper, known.example, norm)
+
+
+@dataclasses.dataclass
+class _Bracket:
+    """What is known of n distances, in numpy.
+
+    Attributes:
+      lower: radii that were proved, (n,).
+      upper: distances of counterexamples, (n,), infinite if there is none.
+      undecidable: the least radii that could not be decided, (n,), likewise.
+      example: the counterexamples, (n, *input).
+      largest: how far to look.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    undecidable: np.ndarray
+    example: np.ndarray
+    largest: float
+
+    @classmethod
+    def of(cls, radius: Array, x: Array, largest: float) -> "_Bracket":
+        """With the radii proved and nothing else known."""
+        lower = np.asarray(radius, np.float64)
+        nowhere = np.full(lower.shape, np.inf)
+        return cls(lower, nowhere, nowhere, np.zeros(x.shape, x.dtype), largest)
+
+    @property
+    def end(self) -> np.ndarray:
+        """Up to where a proof may still succeed."""
+        return np.minimum(np.minimum(self.upper, self.undecidable), self.largest)
+
+    def undecided(self, tolerance: float) -> np.ndarray:
+        """Where the ends are too far apart."""
+        return self.lower < (1 - tolerance) * self.end
+
+    def next_radius(self) -> np.ndarray:
+        """The largest one, where nothing failed so far, else the one in the middle."""
+        untried = np.isinf(self.upper) & np.isinf(self.undecidable) & (self.lower < self.largest)
+        return np.where(untried, self.largest, self.lower / 2 + self.end / 2)
+
+    def learn(self, asked: np.ndarray, verdict: Verdict, eps: np.ndarray, ball: Any) -> None:
+        """Enter what a verdict says of the balls that were asked about, whose radii were meant to
+        be eps."""
         status = np.asarray(verdict.status)
-        proved = undecided & (status == Status.VERIFIED)
-        lower = np.where(proved, np.maximum(lower, np.asarray(ball.eps)), lower)
-        broken = undecided & (status == Status.FALSIFIED)
+        proved, broken = (asked & (status == s) for s in (Status.VERIFIED, Status.FALSIFIED))
+        self.lower = np.where(proved, np.maximum(self.lower, np.asarray(ball.eps)), self.lower)
         found = np.asarray(verdict.counterexample)
-        size = _length(found - np.asarray(x), norm)
-        nearer = broken & (size < upper)
-        upper = np.where(nearer, size, upper)
-        example[nearer] = found[nearer]
-        tried = np.where(undecided & ~proved & ~broken, np.minimum(tried, eps), tried)
-    return _distance(start.prediction, lower, upper, example, norm)
+        size = _length(found - np.asarray(ball.x), ball.norm)
+        nearer = broken & (size < self.upper)
+        self.upper = np.where(nearer, size, self.upper)
+        self.example[nearer] = found[nearer]
+        failed = asked & ~proved & ~broken
+        self.undecidable = np.where(failed, np.minimum(self.undecidable, eps), self.undecidable)
 
 
 def _length(delta: np.ndarray, norm: float) -> np.ndarray:

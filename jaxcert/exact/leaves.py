@@ -1,15 +1,13 @@
-"""Sub-domains with nothing left to split: a linear program, whose duals make a proof.
+"""Sub-domains with nothing left to split: a convex program, whose multipliers make a proof.
 
 Where the sign of every kink is decided, the model is affine in the input, and whether a clause
-holds there is a linear program: the least t >= row_i(x) with x in the box, its cuts at most 0 and
-each hidden value that was cut in its range. A sub-domain may be empty, so ranges may be left at a
-price, which bounds the duals: minimise t + p s with every hidden value at most s outside of its
-range, and every cut at most s. HiGHS solves
-this to a tolerance of 1e-7, so its answer decides nothing: its duals become the multipliers of the
-linear bound (`activations.py`), which is evaluated with rounding counted, and its minimiser is
-tried as a counterexample.
+holds there is a convex program: the least t >= row_i(x) with x in the set, its cuts at most 0 and
+each hidden value that was cut in its range. `programs.py` solves it to some tolerance, so that its
+answer decides nothing: its multipliers become those of the linear bound (`activations.py`), which
+is evaluated with rounding counted, and its minimiser is tried as a counterexample.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,43 +17,73 @@ import numpy as np
 
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.walk import Walk
+from jaxcert.certificate import Reason
 from jaxcert.exact.activations import Domains, Multipliers, Pass, box_at
 from jaxcert.exact.model import Traceable
+from jaxcert.exact.programs import Program, Solution, solved
 from jaxcert.exact.question import Question
 from jaxcert.graph import Var
 from jaxcert.sets import Array, Box, LinfBall
 
+KINKED = frozenset("relu leaky_relu abs max min".split())
+"""Functions that are affine on either side of where they are cut."""
 
-def settled(
-    model: Traceable, arrays: Any, question: Question, domain: Domains
-) -> tuple[bool, bool, np.ndarray]:
-    """Whether one sub-domain of one question is proved, whether a point of it breaks the property,
-    and that point, (*input). Only inside `enable_x64`.
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """What became of a leaf.
+
+    Attributes:
+      reason: NONE if it is proved or broken; LOOSE if it is neither and its model is still a
+        relaxation, as of sigmoids and of maxima over several operands; else NUMERICS.
+      example: a point that breaks the property, (*input), or None.
+    """
+
+    reason: Reason
+    example: np.ndarray | None = None
+
+
+def settle(
+    model: Traceable, arrays: Any, question: Question, domain: Domains, seconds: float
+) -> Settled:
+    """Prove one sub-domain of one question or find a counterexample. Only inside `enable_x64`.
 
     Args:
       question: a single clause on a single set, (1, ...), or (b, ...) of the same over and over
         where a batch of one is not traced as larger ones are.
       domain: one, likewise.
+      seconds: for the convex program.
     """
-    if not isinstance(question.region, Box | LinfBall):
-        return False, False, np.zeros(model.shape)
-    values = _affine(model, arrays, question, domain)
-    found = _solved(tuple(np.asarray(value) for value in values), question, domain)
+    affine = _Affine(*[np.asarray(part) for part in _affine(model, arrays, question, domain)])
+    open_ = Settled(Reason.NUMERICS if affine.exact else Reason.LOOSE)
+    found = solved(_program(affine, question, domain), seconds)
     if found is None:
-        return False, False, np.zeros(model.shape)
-    multipliers, point = found
-    bound = _bounded(model, arrays, question, domain, multipliers)
-    start = np.broadcast_to(point.reshape(1, *model.shape), (len(domain.bound), *model.shape))
+        return open_
+    bound = _bounded(model, arrays, question, domain, _multipliers(found, question, domain))
+    if bound[0] > 0:
+        return Settled(Reason.NONE)
+    start = np.broadcast_to(found.x.reshape(model.shape), (len(bound), *model.shape))
     points, broken = _tried(model, arrays, question, start)
-    return bool(bound[0] > 0), bool(broken[0]), np.asarray(points[0])
+    return Settled(Reason.NONE, np.asarray(points[0])) if broken[0] else open_
+
+
+@dataclasses.dataclass(frozen=True)
+class _Affine:
+    """Hidden values, hidden x + offset, and outputs, outputs x + constant, of a flat input x; and
+    whether the model is that on the sub-domain, and not only bounded by it."""
+
+    hidden: np.ndarray
+    offset: np.ndarray
+    outputs: np.ndarray
+    constant: np.ndarray
+    exact: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _affine(
     model: Traceable, arrays: Any, question: Question, domain: Domains
-) -> tuple[Array, Array, Array, Array]:
-    """The hidden values (n, d) x + (n,) and the outputs (k, d) x + (k,) as functions of the input,
-    along the lower lines of the sub-domain; not rounded outward."""
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The parts of an `_Affine`, along the lower lines of the sub-domain; not rounded outward."""
     batch = len(domain.bound)
     graph, rows = model.trace(arrays, batch)
     walk = Walk(graph, rows, question.region, False)
@@ -76,56 +104,73 @@ def _affine(
     unit = jnp.broadcast_to(unit, (size, batch, *model.shape))
     matrices = jax.lax.map(lambda x: forward(x, 0.0), unit)
     offsets = forward(jnp.zeros((batch, *model.shape)), 1.0)
-    return matrices[0].T, offsets[0], matrices[1].T, offsets[1]
+    return matrices[0].T, offsets[0], matrices[1].T, offsets[1], _is_exact(walk)
 
 
-def _solved(
-    affine: tuple[np.ndarray, ...], question: Question, domain: Domains
-) -> tuple[Multipliers, np.ndarray] | None:
-    """Multipliers from the duals of the linear program, and its minimiser (d,)."""
-    matrix, offset, outputs, constant = affine
-    if not all(np.isfinite(part).all() for part in affine):
-        return None
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array
+def _is_exact(walk: Walk) -> Array:
+    """Whether the planes of each function are one, or not known. Functions with a kink are cut at
+    the float32 number next to it, which leaves them a little apart."""
 
+    def same(tolerance: float, a: Any, b: Any) -> Array:
+        near = jnp.abs(a - b) <= tolerance * (1 + jnp.abs(a) + jnp.abs(b))
+        return jnp.all((a == b) | near | (jnp.isnan(a) & jnp.isnan(b)))
+
+    found = [jnp.asarray(True)]
+    for v, plane in walk.planes.items():
+        tolerance = 1e-6 if walk.net.makers[v].name in KINKED else 0.0
+        below, above = (plane.lower, plane.below), (plane.upper, plane.above)
+        parts = jax.tree.map(functools.partial(same, tolerance), below, above)
+        found += jax.tree.leaves(parts)
+    return jnp.all(jnp.stack(found))
+
+
+def _program(affine: _Affine, question: Question, domain: Domains) -> Program:
+    """The clause's rows, and the ranges and cuts that hold."""
     box = box_of(question.region, True)
     low, high = (np.asarray(end, np.float64)[0].reshape(-1) for end in (box.lower, box.upper))
-    side, lower, upper = (np.asarray(a)[0] for a in (domain.side, domain.lower, domain.upper))
-    used = np.asarray(question.clauses)[0, 0]
+    used, cuts = np.asarray(question.clauses)[0, 0], question.cuts
     rows = np.asarray(question.matrix)[0][used]
-    level = rows @ constant + np.asarray(question.offset)[0][used]
-    below, above = np.flatnonzero(side & 2), np.flatnonzero(side & 1)
-    cuts = question.cuts
-    held = np.concatenate([matrix[below], -matrix[above], np.asarray(cuts.matrix)[0]])
-    room = np.concatenate(
-        [upper[below] - offset[below], offset[above] - lower[above], -np.asarray(cuts.offset)[0]]
-    )
-    slopes = rows @ outputs
-    free = -np.ones((len(rows), 1)), -np.ones((len(held), 1))  # of t and of s
-    price = 1e4 * max(1.0, np.abs(slopes).max(initial=0.0))
-    answer = linprog(
-        np.concatenate([np.zeros(len(low)), [1.0, price]]),
-        A_ub=csr_array(np.block([[slopes, free[0], 0 * free[0]], [held, 0 * free[1], free[1]]])),
-        b_ub=np.concatenate([-level, room]),
-        bounds=[*zip(low, high, strict=True), (None, None), (0, None)],
-        method="highs",
-    )
-    if answer.status != 0:
-        return None
-    duals = -answer.ineqlin.marginals
-    hidden = np.zeros(len(side))
-    _, upward, downward, of_cuts = np.split(duals, np.cumsum([len(rows), len(below), len(above)]))
+    below, above = _ends(domain)
+    lower, upper = (np.asarray(end)[0] for end in (domain.lower, domain.upper))
+    program = Program(
+        rows @ affine.outputs,
+        rows @ affine.constant + np.asarray(question.offset)[0][used],
+        np.concatenate([affine.hidden[below], -affine.hidden[above], np.asarray(cuts.matrix)[0]]),
+        np.concatenate([
+            upper[below] - affine.offset[below],
+            affine.offset[above] - lower[above],
+            -np.asarray(cuts.offset)[0],
+        ]),
+        low,
+        high,
+    )  # fmt: skip
+    if isinstance(question.region, Box | LinfBall):
+        return program
+    ball = question.region
+    centre, eps = np.asarray(ball.x, np.float64)[0].reshape(-1), float(np.asarray(ball.eps)[0])
+    return dataclasses.replace(program, centre=centre, eps=eps, norm=ball.norm)
+
+
+def _ends(domain: Domains) -> tuple[np.ndarray, np.ndarray]:
+    """The hidden values whose upper, and those whose lower end is a cut."""
+    side = np.asarray(domain.side)[0]
+    return np.flatnonzero(side & 2), np.flatnonzero(side & 1)
+
+
+def _multipliers(found: Solution, question: Question, domain: Domains) -> Multipliers:
+    """Those of a bound on the sub-domain."""
+    below, above = _ends(domain)
+    upward, downward, cuts = np.split(found.multipliers, np.cumsum([len(below), len(above)]))
+    hidden = np.zeros(domain.side.shape[1])
     hidden[below] += upward
     hidden[above] -= downward
+    used = np.asarray(question.clauses)[0, 0]
     weights = np.zeros(len(used))
-    weights[used] = np.maximum(duals[: len(rows)], 0)
-    weights /= max(weights.sum(), 1e-30)
+    weights[used] = found.weights / max(found.weights.sum(), 1e-30)
     share: Any = domain.multipliers.share
-    each: Any = (hidden, weights, np.maximum(of_cuts, 0))
-    others: Any = [np.broadcast_to(m, (len(share), len(m))) for m in each]
-    given = Multipliers(share, *others)
-    return given, np.clip(answer.x[:-2], low, high)
+    each: Any = hidden, weights, cuts
+    others: Any = [np.broadcast_to(part, (len(share), len(part))) for part in each]
+    return Multipliers(share, *others)
 
 
 @functools.partial(jax.jit, static_argnums=0)

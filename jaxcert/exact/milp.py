@@ -37,11 +37,11 @@ from jaxcert.bounds.products import exact_products
 from jaxcert.bounds.walk import BoundHidden, Walk
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.model import Traceable, placed
-from jaxcert.exact.question import Question, question, rows_at, shortfall
+from jaxcert.exact.question import Question, one_by_one, question, rows_at, shortfall
 from jaxcert.floats import ieee_float64
 from jaxcert.graph import Equation, Var, holds_all, read, unsupported
 from jaxcert.model import Model, as_float64, is_traced, output_shape, split, uses_float64
-from jaxcert.sets import AnySet, Box, L1Ball, L2Ball, Polytope, checked, contains, like, project
+from jaxcert.sets import AnySet, Box, L1Ball, L2Ball, checked, contains, like, project
 from jaxcert.specs import Property, Spec
 from jaxcert.tracing import Traced
 
@@ -181,14 +181,14 @@ class _Task:
                 "an L2Ball is not linear: use exact.verify, or its jaxcert.sets.bounding_box(ball)"
             )
         with jax.enable_x64(True):
-            region = _one_by_one(checked(region))
+            region = checked(region)
         x = like(region)
         x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
         arrays, structure = split(f, x)
         n, k = output_shape(structure, arrays, x).shape
         model = Traceable(structure, x.shape[1:], x.dtype, mode, ())
         with jax.enable_x64(True):
-            arrays, region = ieee_float64((arrays, as_float64(region)))
+            arrays, region = ieee_float64((arrays, one_by_one(region)))
             asked = question(jax.tree.map(np.asarray, region), prop, n, k)
             return cls(model, arrays, model.trace(arrays, 1), asked, n, hidden, end)
 
@@ -241,15 +241,6 @@ def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any,
     worst = jnp.maximum(far(arrays, near, model.mode), far(as_float64(arrays), point, True))
     fits = contains(region, point) & asked.cuts.surely_hold(point)
     return near, jnp.where(fits & (worst <= jnp.inf), worst, jnp.inf)
-
-
-def _one_by_one(region: AnySet) -> AnySet:
-    """The sets with every array but inequalities spread over the batch."""
-    if isinstance(region, Box | Polytope):
-        return region
-    shape = jnp.shape(region.x)
-    valid = jax.tree.map(lambda end: jnp.broadcast_to(end, shape), region.valid)
-    return type(region)(region.x, jnp.broadcast_to(region.eps, shape[:1]), valid)
 
 
 # --- The program ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 from scipy import optimize
 
 from jaxcert.bounds import rounding
+from jaxcert.model import as_float64, is_traced
 from jaxcert.sets import AnySet, Array, Box, InputSet, Polytope, like, uncut
 from jaxcert.specs import AllOf, AnyOf, Property, Spec
 
@@ -168,19 +169,34 @@ class Question:
         return Polytope(lower, upper, matrix, self.cuts.offset)
 
 
+def one_by_one(region: AnySet) -> AnySet:
+    """The sets with every array but inequalities spread over the batch, in float64. Only inside
+    `enable_x64`."""
+    if isinstance(region, Polytope):
+        lower, upper = as_float64((jnp.asarray(region.lower), jnp.asarray(region.upper)))
+        return Polytope(lower, upper, region.matrix, region.offset)
+    region = as_float64(jax.tree.map(jnp.asarray, region))
+    if isinstance(region, Box | Polytope):
+        return region
+    shape = region.x.shape
+    valid = jax.tree.map(lambda end: jnp.broadcast_to(end, shape), region.valid)
+    return dataclasses.replace(region, eps=jnp.broadcast_to(region.eps, shape[:1]), valid=valid)
+
+
 def question(region: AnySet, prop: Property, n: int, k: int) -> Question:
     """A property of k outputs on n sets, whose arrays are spread over the batch, as a question; all
-    but the sets' own arrays in numpy's float64.
+    but the sets' own arrays and traced rows in numpy's float64. Only inside `enable_x64`.
 
     Raises:
-      ValueError: wrong shapes, rows that are not finite, or more than `MOST_CLAUSES` clauses.
+      ValueError: wrong shapes, known rows that are not finite, or more than `MOST_CLAUSES` clauses.
     """
     cuts = cuts_of(region, n, math.prod(np.shape(like(region))[1:]))
-    specs: list[tuple[np.ndarray, np.ndarray]] = []
+    specs: list[tuple[Any, Any]] = []
     groups = _conjunctive(prop, specs, n, k)
-    matrix = np.concatenate([m for m, _ in specs], 1)
-    offset = np.concatenate([d for _, d in specs], 1)
-    if not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
+    traced = is_traced(specs)
+    lib: Any = jnp if traced else np
+    matrix, offset = (lib.concatenate(parts, 1) for parts in zip(*specs, strict=True))
+    if not traced and not (np.isfinite(matrix).all() and np.isfinite(offset).all()):
         raise ValueError("the rows of a property must be finite numbers")
     clauses = np.zeros((len(groups), matrix.shape[1]), bool)
     for clause, rows in zip(clauses, groups, strict=True):
@@ -219,16 +235,20 @@ def _require_few(count: int) -> None:
         )
 
 
-def _per_set(spec: Spec, n: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    matrix = np.asarray(spec.matrix, np.float64)
+def _per_set(spec: Spec, n: int, k: int) -> tuple[Any, Any]:
+    traced = is_traced(spec)
+    lib: Any = jnp if traced else np
+    matrix, offset = spec.matrix, spec.offset
+    if traced:
+        matrix, offset = as_float64((jnp.asarray(matrix), jnp.asarray(offset)))
+    matrix, offset = lib.asarray(matrix, np.float64), lib.asarray(offset, np.float64)
     if matrix.ndim not in (2, 3) or matrix.shape[-1] != k or matrix.shape[:-2] not in ((), (n,)):
         raise ValueError(
             f"the rows of a spec must be (s, {k}) or ({n}, s, {k}) for {n} sets and {k} outputs, "
             f"got {matrix.shape}"
         )
-    matrix = np.broadcast_to(matrix, (n, *matrix.shape[-2:]))
-    offset = np.broadcast_to(np.asarray(spec.offset, np.float64), matrix.shape[:2])
-    return matrix, offset
+    matrix = lib.broadcast_to(matrix, (n, *matrix.shape[-2:]))
+    return matrix, lib.broadcast_to(offset, matrix.shape[:2])
 
 
 def rows_at(question: Question, outputs: Array, index: Array) -> Array:

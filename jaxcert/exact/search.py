@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcert.model import is_traced
 from jaxcert.sets import Array
 
 
@@ -87,9 +88,11 @@ def stack(domains: Any, example: Any, capacity: int, leaves: int) -> Stack:
       leaves: how many of these there is room for.
     """
     n = len(example)
+    # Where there are values, in numpy: small programs would be compiled in each process.
+    lib: Any = jnp if is_traced(domains) else np
 
-    def roomy(a: Any) -> np.ndarray:  # in numpy: small programs would be compiled in each process
-        return np.concatenate([a, np.zeros((capacity - n, *a.shape[1:]), a.dtype)])
+    def roomy(a: Any) -> Any:
+        return lib.concatenate([a, np.zeros((capacity - n, *a.shape[1:]), a.dtype)])
 
     def empty(a: Any) -> np.ndarray:
         return np.zeros((leaves, *a.shape[1:]), a.dtype)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -18,10 +18,10 @@ from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact import activations, inputs, leaves, search, tightening
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.pool import Pool
-from jaxcert.exact.question import Cuts, Question, question
+from jaxcert.exact.question import Cuts, Question, one_by_one, question
 from jaxcert.floats import ieee_float64
-from jaxcert.model import Model, as_float64, output_shape, split, uses_float64
-from jaxcert.sets import AnySet, Array, Box, Polytope, checked, like
+from jaxcert.model import Model, output_shape, split, uses_float64
+from jaxcert.sets import AnySet, Array, Box, checked, like
 from jaxcert.specs import Property
 
 
@@ -84,7 +84,8 @@ def verify(
     Returns:
       A `Verdict`. VERIFIED is a proof: over the reals, rounding counted. FALSIFIED comes with a
       counterexample in the set that breaks the property in the model's own arithmetic and in
-      float64. UNKNOWN says why: out of time, sub-domains or memory, or numerically undecided.
+      float64. UNKNOWN says why: out of time, sub-domains or memory; LOOSE, if nothing is left to
+      split but functions are not exactly bounded; or numerically undecided.
 
     Raises:
       ValueError, TypeError: wrong shapes, dtypes or values.
@@ -151,8 +152,13 @@ class _Clock:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    @property
+    def left(self) -> float:
+        """Seconds, negative when time is up."""
+        return self.budget.seconds - self.seconds
+
     def over(self, outcome: Outcome) -> Reason | None:
-        if self.seconds > self.budget.seconds:
+        if self.left < 0:
             return Reason.TIME
         if self.budget.domains is not None and outcome.visited >= self.budget.domains:
             return Reason.DOMAINS
@@ -185,7 +191,7 @@ def decide(
     k = output_shape(structure, arrays, x).shape[1]
     model = Traceable(structure, shape, dtype, mode, (*RULES.items(), *PLANES.items()))
     with jax.enable_x64(True):
-        asked = question(_one_by_one(region), prop, n, k)
+        asked = question(one_by_one(region), prop, n, k)
         clauses, rows = (
             max(least, _rounded(m))
             for least, m in zip((4, 8), asked.clauses.shape[1:], strict=True)
@@ -195,32 +201,17 @@ def decide(
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, asked)))
         none = np.zeros(n, np.int32)
         outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
-        search = _Search(model, arrays, asked, outcome, clock, key)
+        call = _Search(model, arrays, asked, outcome, clock, key)
         if asked.cuts.count:
-            search.tighten()
-        search.attack()
-        varying = search.varying()
+            call.tighten()
+        call.attack()
+        varying = call.varying()
         few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
         if math.prod(shape) <= FEW_INPUTS:  # then one program serves all properties
             varying = tuple(range(math.prod(shape)))
         if outcome.open.any():
-            search.by_inputs(varying) if few else search.by_activations()
+            call.by_inputs(varying) if few else call.by_activations()
     return outcome
-
-
-def _one_by_one(region: AnySet) -> AnySet:
-    """The sets with every array but inequalities spread over the batch, in float64."""
-    if isinstance(region, Polytope):
-        lower, upper = as_float64((jnp.asarray(region.lower), jnp.asarray(region.upper)))
-        return Polytope(lower, upper, region.matrix, region.offset)
-    region = as_float64(jax.tree.map(jnp.asarray, region))
-    if isinstance(region, Box | Polytope):
-        return region
-    valid = region.valid
-    if valid is not None:
-        valid = jax.tree.map(lambda end: jnp.broadcast_to(end, region.x.shape), valid)
-    eps = jnp.broadcast_to(region.eps, region.x.shape[:1])
-    return dataclasses.replace(region, eps=eps, valid=valid)
 
 
 class _Search:
@@ -307,10 +298,13 @@ class _Search:
         def settle(leaf, i):
             mine = jax.tree.map(lambda a: a[i : i + 1], on_host)
             mine, leaf = _repeated((mine, leaf), least)
-            return leaves.settled(self.model, self.arrays, mine, leaf)
+            return leaves.settle(self.model, self.arrays, mine, leaf, self.clock.left)
 
-        if domains.lower.shape[1] == 0:  # an affine model: each sub-domain is a leaf
-            self._settle_affine(settle, domains, left, here)
+        if domains.lower.shape[1] == 0:  # nothing is ever split: each sub-domain is a leaf
+            alone = ((jax.tree.map(lambda a, i=i: a[i : i + 1], domains), i) for i in left.tolist())
+            stuck = _Stuck(len(self.outcome.status))
+            self._settle_leaves(settle, alone, here, stuck)
+            self._conclude(np.zeros(len(self.outcome.status), bool), stuck)
             return
         gain = _gains(self.model, self.arrays, asked, domains)
         targets = tightening.targets(known, here[left], np.asarray(gain)[left])
@@ -373,14 +367,6 @@ class _Search:
             known = self._with_slopes(known, 1)
         return known
 
-    def _settle_affine(self, settle, domains, left: np.ndarray, owner: np.ndarray) -> None:
-        waiting = np.zeros(len(self.outcome.status), bool)
-        for i in left.tolist():
-            leaf = jax.tree.map(lambda a, i=i: a[i : i + 1], domains)
-            waiting[owner[i]] |= not self._leaf(settle, leaf, i, owner)
-        self.outcome.settle(waiting, Status.UNKNOWN, Reason.NUMERICS)
-        self.outcome.settle(~waiting, Status.VERIFIED)
-
     def _settle_proved(self, owner: np.ndarray, waiting: np.ndarray) -> None:
         """VERIFIED for the sets none of whose clauses wait."""
         unproved = np.zeros(len(self.outcome.status), bool)
@@ -398,8 +384,8 @@ class _Search:
 
         Args:
           block: (stack, steps) -> stack.
-          settle: (leaf, its question) -> whether it is proved, or broken, and at which point; or
-            None if nothing can be done about leaves.
+          settle: (leaf, its question) -> what became of it; or None if nothing can be done about
+            leaves.
           k: sub-domains of a step.
           start: one sub-domain for each of n questions.
           places: the questions among them that are asked.
@@ -407,8 +393,7 @@ class _Search:
         """
         n = len(owner)
         pool = Pool(start, places, n, k, self.model.shape, self.clock.budget.memory)
-        steps, stuck = 1, np.zeros(len(self.outcome.status), bool)
-        given_up: set[int] = set()
+        steps, stuck = 1, _Stuck(len(self.outcome.status))
         next_attack = self.clock.seconds + 0.5
         while True:
             began = time.perf_counter()
@@ -417,17 +402,13 @@ class _Search:
             self.outcome.visited += int(pool.stack.visited) - before
             broken, example = np.asarray(pool.stack.broken), np.asarray(pool.stack.example)
             for i in np.flatnonzero(broken):
-                self.outcome.falsify(np.arange(len(stuck)) == owner[i], example[i][None])
-            for leaf, i in pool.take_leaves():
-                if self.outcome.open[owner[i]] and not self._leaf(settle, leaf, i, owner):
-                    stuck[owner[i]] = True
-                    given_up.add(i)
+                self._falsify(owner[i], example[i])
+            self._settle_leaves(settle, pool.take_leaves(), owner, stuck)
             waiting = pool.waiting()
             self.clock.report(self.outcome, sum(waiting.values()))
-            unproved = np.zeros(len(stuck), bool)
+            unproved = np.zeros(len(self.outcome.status), bool)
             unproved[[owner[i] for i in waiting]] = True
-            self.outcome.settle(~unproved & stuck, Status.UNKNOWN, Reason.NUMERICS)
-            self.outcome.settle(~unproved & ~stuck, Status.VERIFIED)
+            self._conclude(unproved, stuck)
             over = self.clock.over(self.outcome) or pool.make_room()
             if not (self.outcome.open & unproved).any():
                 return np.zeros(0, np.int64)
@@ -435,7 +416,9 @@ class _Search:
                 self.outcome.settle(unproved, Status.UNKNOWN, over)
                 return np.zeros(0, np.int64)
             if pause():
-                return np.array([i for i in {*waiting, *given_up} if self.outcome.open[owner[i]]])
+                return np.array(
+                    [i for i in {*waiting, *stuck.questions} if self.outcome.open[owner[i]]]
+                )
             pool.drop(owner, self.outcome.open)
             took = time.perf_counter() - began
             self.rate = max(self.rate, (int(pool.stack.visited) - before) / took)
@@ -444,16 +427,57 @@ class _Search:
                 self.attack(rounds=32)
                 next_attack = 1.5 * self.clock.seconds
 
-    def _leaf(self, settle, leaf: Any, question: int, owner: np.ndarray) -> bool:
-        """Whether a leaf is settled."""
-        if settle is None:
-            return False
-        proved, broken, example = settle(leaf, question)
-        if broken:
-            self.outcome.falsify(
-                np.arange(len(self.outcome.status)) == owner[question], example[None]
-            )
-        return proved or broken
+    def _settle_leaves(
+        self, settle: Any, found: Iterable[tuple[Any, int]], owner: np.ndarray, stuck: "_Stuck"
+    ) -> None:
+        """Prove leaves, find counterexamples in them, or note why their sets are stuck; when time
+        is up, that they were not looked at."""
+        for leaf, i in found:
+            if not self.outcome.open[owner[i]]:
+                continue
+            if settle is None or self.clock.left <= 0:
+                reason = Reason.NUMERICS if settle is None else Reason.TIME
+                stuck.note(owner[i], i, reason)
+                continue
+            done: leaves.Settled = settle(leaf, i)
+            if done.example is not None:
+                self._falsify(owner[i], done.example)
+            elif done.reason != Reason.NONE:
+                stuck.note(owner[i], i, Reason.TIME if self.clock.left <= 0 else done.reason)
+
+    def _falsify(self, place: int, example: np.ndarray) -> None:
+        self.outcome.falsify(np.arange(len(self.outcome.status)) == place, example[None])
+
+    def _conclude(self, waiting: np.ndarray, stuck: "_Stuck") -> None:
+        """Enter the answers of sets of which nothing waits."""
+        for reason in _Stuck.REASONS:
+            self.outcome.settle(~waiting & stuck.by(reason), Status.UNKNOWN, reason)
+        self.outcome.settle(~waiting & ~stuck.any, Status.VERIFIED)
+
+
+class _Stuck:
+    """Which of n sets have leaves that are not settled, by their questions, and why; of several
+    reasons one counts."""
+
+    REASONS = Reason.NUMERICS, Reason.LOOSE, Reason.TIME  # in order: the last one of those noted
+
+    def __init__(self, n: int):
+        self._rank = np.full(n, -1)
+        self.questions: set[int] = set()
+
+    def note(self, place: int, question: int, reason: Reason) -> None:
+        """A leaf of a question about a set was left for a reason."""
+        self.questions.add(question)
+        self._rank[place] = max(self._rank[place], self.REASONS.index(reason))
+
+    def by(self, reason: Reason) -> np.ndarray:
+        """The sets that are stuck for this reason."""
+        return self._rank == self.REASONS.index(reason)
+
+    @property
+    def any(self) -> np.ndarray:
+        """The sets that are stuck."""
+        return self._rank >= 0
 
 
 def _repeated(tree: Any, n: int) -> Any:

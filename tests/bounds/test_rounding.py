@@ -343,4 +343,5 @@ def test_subnormal_weights_and_inputs_are_not_flushed():
             sizes = np.array([1, 2, 3, 2**info.nmant - 1, 2**info.nmant]) * unit
             for values in (sizes, -sizes):
                 narrow = jnp.asarray(values.astype(dtype))
-                assert (np.asarray(jax.jit(as_float64)(narrow)) == values).all()
+                for widen in (as_float64, jax.jit(as_float64)):
+                    assert (np.asarray(widen(narrow)) == values).all()

@@ -1,6 +1,7 @@
 """The search against enumeration of all activation patterns, and where it must give up."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, Reason, Spec, Status
 from jaxcert.exact import Budget, verify
+from jaxcert.exact.leaves import Settled
+from jaxcert.exact.verify import Outcome, _Clock, _Search, _Stuck
 
 BUDGET = Budget(seconds=600, domains=20_000)
 BOX = np.array([-1.0, -0.5], "f"), np.array([0.5, 1.0], "f")
@@ -75,7 +78,7 @@ def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     """f = |x_0| + |x_1| + x_0 over balls around (1, 1)."""
     x = jnp.ones((2, 2))
     least = {L2Ball: 3 - np.sqrt(5) / 2, L1Ball: 2.0, LinfBall: 1.5}[ball]
-    spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-3 - least], [-1e-3 - least]]))
+    spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-5 - least], [-1e-5 - least]]))
     verdict = verify(_sizes, ball(x, 0.5), spec, split_inputs=split_inputs, budget=BUDGET)
     assert verdict.status.tolist() == [Status.VERIFIED, Status.FALSIFIED]
     delta = np.asarray(verdict.counterexample[1] - x[1], np.float64)
@@ -123,7 +126,17 @@ def test_a_dip_that_gradients_do_not_see_is_found():
     ],
 )
 def test_what_runs_out_is_named(budget, reason):
-    """|a| + |b| - |a + b| >= 0 with equality on half of the plane: many boxes at such a margin."""
+    seen = []
+    f, prop = _many_boxes(1e-7)
+    verdict = verify(f, REGION, prop, split_inputs=True, budget=budget, report=seen.append)
+    assert verdict.status.tolist() == [Status.UNKNOWN] * 3
+    assert verdict.reason.tolist() == [reason] * 3
+    assert seen[-1].visited > 0
+    assert seen[-1].unanswered == 3
+
+
+def _many_boxes(margin):
+    """|a| + |b| - |a + b| >= 0 with equality on half of the plane: many boxes at small margins."""
     first = np.zeros((2, 5)), np.zeros(5)
     first[0][:, :4] = [[1, -1, 0, 0], [0, 0, 1, -1]]
     second = np.zeros((5, 5)), np.zeros(5)
@@ -131,13 +144,33 @@ def test_what_runs_out_is_named(budget, reason):
     last = np.zeros((5, 3)), np.zeros(3)
     last[0][:3, 0] = [1, -1, -1]
     f = net([tuple(np.float32(a) for a in layer) for layer in (first, second, last)])
-    prop = any_of(np.float32([[1, 0, 0], [1, 0, 0]]), np.float32([1e-7] * 3))
+    return f, any_of(np.float32([[1, 0, 0], [1, 0, 0]]), np.float32([margin] * 3))
+
+
+@pytest.mark.parametrize(
+    ("memory", "status", "reason"),
+    [
+        (2**31, Status.VERIFIED, Reason.NONE),
+        (60_000, Status.VERIFIED, Reason.NONE),
+        (1, Status.UNKNOWN, Reason.MEMORY),
+    ],
+)
+def test_what_spills_to_the_host_is_worked_on(memory, status, reason):
+    """A property that needs more boxes at a time than the smallest stack holds, `SMALLEST`."""
+    (w, b), *others = random_weights(0)
+    prop = any_of(rows(0), np.float32([-3.05] * 3))
     seen = []
-    verdict = verify(f, REGION, prop, split_inputs=True, budget=budget, report=seen.append)
-    assert verdict.status.tolist() == [Status.UNKNOWN] * 3
-    assert verdict.reason.tolist() == [reason] * 3
-    assert seen[-1].visited > 0
-    assert seen[-1].unanswered == 3
+    verdict = verify(
+        net([(3 * w, b), *others]), REGION, prop, split_inputs=True, report=seen.append,
+        budget=Budget(seconds=600, memory=memory),
+    )  # fmt: skip
+    assert (verdict.status == status).any()
+    assert set(verdict.reason.tolist()) <= {Reason.NONE, reason}
+    assert not (verdict.status == Status.FALSIFIED).any()
+    assert (max(progress.waiting for progress in seen) > SMALLEST) == (memory > 1)
+
+
+SMALLEST = 4 * 32 + 3
 
 
 def test_a_model_that_closes_over_its_kernel_is_replayed_too():
@@ -184,3 +217,31 @@ def test_what_is_unknown_on_part_of_the_set_is_not_verified(split_inputs):
 
 def _half_defined(x):
     return jnp.sqrt(x) + x
+
+
+def test_leaves_that_time_does_not_reach_are_unproved():
+    """Three leaves, each of a set of its own; the clock runs out in the second."""
+    outcome = Outcome(np.zeros(3, int), np.full(3, Reason.TIME), np.zeros((3, 1)))
+    clock = _Clock(Budget(seconds=60.0), None)
+    nothing: Any = None
+    call, stuck, met = _Search(*[nothing] * 3, outcome, clock, nothing), _Stuck(3), []
+
+    def settle(leaf, i):
+        met.append(leaf)
+        clock.start -= 31.0
+        return Settled(Reason.NONE if i == 0 else Reason.NUMERICS)
+
+    call._settle_leaves(settle, zip("abc", range(3), strict=True), np.arange(3), stuck)
+    call._conclude(np.zeros(3, bool), stuck)
+    assert met == ["a", "b"]
+    assert outcome.status.tolist() == [Status.VERIFIED, Status.UNKNOWN, Status.UNKNOWN]
+    assert outcome.reason.tolist() == [Reason.NONE, Reason.TIME, Reason.TIME]
+
+
+def test_of_several_reasons_that_which_is_easiest_to_remedy_is_named():
+    stuck = _Stuck(2)
+    for place, reason in [(0, Reason.LOOSE), (0, Reason.NUMERICS), (1, Reason.TIME)]:
+        stuck.note(place, reason)
+    assert stuck.by(Reason.LOOSE).tolist() == [True, False]
+    assert stuck.by(Reason.TIME).tolist() == [False, True]
+    assert stuck.any.all()
