@@ -46,9 +46,10 @@ def main() -> None:
         seconds = time.process_time() - cpu
         rows.append(_row(folder / given.benchmark, each, found, seconds, expected))
         print(_line(rows[-1]), flush=True)
-    print(summary := _summary(rows))
-    found = {"benchmark": given.benchmark, "summary": summary, "instances": rows}
-    write_json(given.json, found, seed=0)
+        written = {"benchmark": given.benchmark, "timeout": given.timeout, "every": given.every,
+                   "match": given.match, "summary": _summary(rows), "instances": rows}  # fmt: skip
+        write_json(given.json, written, seed=0)  # each time: what a kill leaves is a result as well
+    print(_summary(rows))
 
 
 def _expected(folder: pathlib.Path, benchmark: str) -> dict[tuple[str, str], dict[str, str]]:
