@@ -18,6 +18,7 @@ from jaxcert.model import split
 from jaxcert.sets import sample
 
 SIZES = 2, 3, 3, 2
+LAYOUT = ("add", 3), ("add", 3)
 VALID = np.float32([-0.5, 0.6])
 SIGNS = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
 SIDES = np.concatenate([np.eye(2), -np.eye(2)])
@@ -57,7 +58,7 @@ def patterns(weights, region):
     return np.unique(np.concatenate(signs, 1), axis=0)
 
 
-def leaf(signs):
+def leaf(signs, layout):
     """The sub-domain where the hidden values, all within 100, have given signs; 0 is any."""
     signs = np.array(signs, np.int8)[None]
     lower, upper = np.where(signs > 0, 0, -100), np.where(signs < 0, 0, 100)
@@ -65,7 +66,8 @@ def leaf(signs):
     multipliers = Multipliers(np.zeros((1, n), "f"), np.zeros((1, n), "f"), np.ones((1, 1)), none)
     side = np.int8([2, 0, 1])[signs + 1]
     nothing = Candidates(none, none, none)
-    return Domains(np.float32(lower), np.float32(upper), side, multipliers, np.zeros(1), nothing)
+    ends = np.float32(lower), np.float32(upper)
+    return Domains(*ends, side, multipliers, np.zeros(1), nothing, layout)
 
 
 def asked_about(f, region, row, offset):
@@ -94,7 +96,8 @@ def test_leaves_of_balls_are_settled_close_to_their_least_value(ball, valid):
             with jax.enable_x64(True):
                 asked = asked_about(net(weights), region, np.float64(row[None]), margin - least)
                 found = [
-                    leaves.settle(*asked, leaf(signs), 60.0) for signs in patterns(weights, region)
+                    leaves.settle(*asked, leaf(signs, LAYOUT), 60.0)
+                    for signs in patterns(weights, region)
                 ]
             examples = [done.example for done in found if done.example is not None]
             assert all(done.reason == Reason.NONE for done in found) or margin < 0
@@ -123,5 +126,6 @@ def test_the_reason_is_numerical_only_where_the_model_is_affine(function, signs,
         f = jax.tree_util.Partial(one_hidden, function)
         least = float(function(np.float64(0.375))) - 0.5
         asked = asked_about(f, region, np.ones((1, 1)), -least)
-        assert leaves.settle(*asked, leaf(signs), 60.0).reason == reason
-        assert leaves.settle(*asked, leaf(signs), 0.0).reason == reason
+        domain = leaf(signs, (("add", 1),))
+        assert leaves.settle(*asked, domain, 60.0).reason == reason
+        assert leaves.settle(*asked, domain, 0.0).reason == reason

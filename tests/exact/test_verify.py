@@ -241,7 +241,8 @@ def test_leaves_that_time_does_not_reach_are_unproved():
 def test_of_several_reasons_that_which_is_easiest_to_remedy_is_named():
     stuck = _Stuck(2)
     for place, reason in [(0, Reason.LOOSE), (0, Reason.NUMERICS), (1, Reason.TIME)]:
-        stuck.note(place, reason)
+        stuck.note(place, 5, reason)
+    assert stuck.questions == {5}
     assert stuck.by(Reason.LOOSE).tolist() == [True, False]
     assert stuck.by(Reason.TIME).tolist() == [False, True]
     assert stuck.any.all()
