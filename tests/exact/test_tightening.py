@@ -68,6 +68,44 @@ def test_the_first_layer_is_not_touched():
     assert np.array_equal(before.lower[:, :5], after.lower[:, :5])
 
 
+def residual_values(weights, x):
+    """All hidden values of a net whose branches begin and end at different depths."""
+    first = x @ weights[0]
+    second = jnp.maximum(first, 0) @ weights[1]
+    third = jnp.maximum(second, 0) @ weights[2] + jnp.maximum(first, 0)
+    fourth = jnp.maximum(third, 0) @ weights[3] + second - jnp.maximum(first, 0)
+    return first, second, third, fourth
+
+
+def residual(weights, x):
+    return jnp.maximum(residual_values(weights, x)[-1], 0)[:, :2]
+
+
+def test_slopes_of_all_layers_in_one_pass():
+    """Rows of several layers are pulled back together through skip connections."""
+    rng = np.random.default_rng(3)
+    weights = [jnp.asarray(rng.normal(size=(n, 6)).astype("f") / 2) for n in (4, 6, 6, 6)]
+    f = jax.tree_util.Partial(residual, weights)
+    centre = rng.normal(size=(1, 4))
+    with jax.enable_x64(True):
+        arrays, structure = split(f, jnp.zeros((1, 4), jnp.float32))
+        model = Traceable(structure, (4,), jnp.dtype("float32"), False, ())
+        box = Box(jnp.asarray(centre - 0.5), jnp.asarray(centre + 0.5))
+        before = jax.jit(lambda a: activations.ranges(model, a, box, 1))(arrays)
+        after = jax.jit(lambda a, k: activations.with_slopes(model, a, box, k, 64, 2))(
+            arrays, before
+        )
+    assert [size for _, size in before.layout] == [6, 6, 6, 6]
+    points = centre + rng.uniform(-0.5, 0.5, (20_000, 4))
+    values = np.concatenate(residual_values([np.float64(w) for w in weights], points), 1)
+    for known in (before, after):
+        assert np.all(known.lower[0] <= values.min(0))
+        assert np.all(known.upper[0] >= values.max(0))
+    widths = [np.asarray(known.upper - known.lower)[0].reshape(4, 6) for known in (before, after)]
+    assert np.all(widths[1] <= widths[0])
+    assert np.all(widths[1].sum(1)[2:] < 0.98 * widths[0].sum(1)[2:])
+
+
 def attention(x):
     """`jnp.matmul` squeezes axes of size 1, so that a batch of one has other equations."""
     tokens = jnp.maximum(x.reshape(-1, 2, 4) - 0.25, 0)
