@@ -24,7 +24,7 @@ import jaxcert.cli.benchmark
 from jaxcert.certificate import MESSAGES, Reason, Status
 from jaxcert.cli.command import main
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.exact.verify import Outcome, Progress
+from jaxcert.exact.outcome import Outcome, Progress
 from jaxcert.io import vnnlib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -464,7 +464,7 @@ def process(code, *argv):
         import jaxcert.cli.answers as answers
         from jaxcert.certificate import Reason, Status
         from jaxcert.cli.command import main
-        from jaxcert.exact.verify import Outcome
+        from jaxcert.exact.outcome import Outcome
         import numpy as np
         calls = []
         def decide(f, region, prop, **_):

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxcert.certificate import MESSAGES, Reason, Status
 from jaxcert.errors import JaxcertError
-from jaxcert.exact.verify import Budget, Report, decide
+from jaxcert.exact.outcome import Budget, Report
+from jaxcert.exact.verify import decide
 from jaxcert.io.onnx import OnnxModel
 from jaxcert.io.vnnlib import Case, Problem, counterexample_text, nearest_inside
 from jaxcert.model import run, split

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 
-from jaxcert.exact.verify import Progress
+from jaxcert.exact.outcome import Progress
 
 _CLEAR = "\r\x1b[K"
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxcert.bounds.certify import certified_radius
 from jaxcert.bounds.linear import crown
 from jaxcert.certificate import ABSTAIN, Certificate, Status, Verdict, issue, predicted_class
-from jaxcert.exact.verify import Budget, verify
+from jaxcert.exact.outcome import Budget
+from jaxcert.exact.verify import verify
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.model import Model, output_shape, run, split
 from jaxcert.sets import Array, Ball, Box, L1Ball, L2Ball, LinfBall, checked, flat_norm

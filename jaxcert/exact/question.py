@@ -262,3 +262,48 @@ def shortfall(rows: Array, clauses: Array) -> Array:
     """How far each clause is from being broken, (m, c): its largest row, at most 0 if broken."""
     largest = jnp.max(jnp.where(clauses, rows[:, None, :], -jnp.inf), 2)
     return jnp.where(jnp.any(clauses, 2), largest, jnp.inf)
+
+
+# --- Few shapes, so that few programs serve all questions -----------------------------------------
+
+
+def rounded(n: int) -> int:
+    """n or somewhat more, so that few programs serve all numbers: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << (n - 1).bit_length()
+    return 3 * power // 4 if n <= 3 * power // 4 else power
+
+
+def padded(asked: Question) -> Question:
+    """The question with rows, clauses and cuts that state nothing, up to one of few numbers."""
+    clauses, rows = (
+        max(least, rounded(m)) for least, m in zip((4, 8), asked.clauses.shape[1:], strict=True)
+    )
+    cuts = max(4, rounded(asked.cuts.count)) if asked.cuts.count else 0
+    more = max(clauses - asked.clauses.shape[1], 0), max(rows - asked.clauses.shape[2], 0)
+    extra = cuts - asked.cuts.count
+    return Question(
+        asked.region,
+        Cuts(
+            np.pad(asked.cuts.matrix, [(0, 0), (0, extra), (0, 0)]),
+            np.pad(asked.cuts.offset, [(0, 0), (0, extra)], constant_values=-1.0),
+            asked.cuts.inner,
+        ),
+        np.pad(asked.matrix, [(0, 0), (0, more[1]), (0, 0)]),
+        np.pad(asked.offset, [(0, 0), (0, more[1])]),
+        np.pad(asked.clauses, [(0, 0), (0, more[0]), (0, more[1])]),
+    )
+
+
+def each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Question:
+    """One question for each pair of a set and a clause, with that clause's rows only."""
+    clauses = np.asarray(asked.clauses)[here, clause]
+    most = rounded(int(clauses.sum(1).max()))
+    order = np.argsort(~clauses, axis=1, kind="stable")[:, :most]
+    region, cuts = jax.tree.map(lambda a: a[here], (asked.region, asked.cuts))
+    return Question(
+        region,
+        cuts,
+        jnp.asarray(np.asarray(asked.matrix)[here[:, None], order]),
+        jnp.asarray(np.asarray(asked.offset)[here[:, None], order]),
+        jnp.asarray(np.take_along_axis(clauses, order, 1)[:, None]),
+    )

@@ -14,8 +14,9 @@ from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, Reason, Spec, Status
 from jaxcert.exact import Budget, verify
+from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
-from jaxcert.exact.verify import Outcome, _Clock, _Search, _Stuck
+from jaxcert.exact.outcome import Clock, Outcome, Stuck
 
 BUDGET = Budget(seconds=600, domains=20_000)
 BOX = np.array([-1.0, -0.5], "f"), np.array([0.5, 1.0], "f")
@@ -222,24 +223,24 @@ def _half_defined(x):
 def test_leaves_that_time_does_not_reach_are_unproved():
     """Three leaves, each of a set of its own; the clock runs out in the second."""
     outcome = Outcome(np.zeros(3, int), np.full(3, Reason.TIME), np.zeros((3, 1)))
-    clock = _Clock(Budget(seconds=60.0), None)
+    clock = Clock(Budget(seconds=60.0), None)
     nothing: Any = None
-    call, stuck, met = _Search(*[nothing] * 3, outcome, clock, nothing), _Stuck(3), []
+    call, stuck, met = Call(*[nothing] * 3, outcome, clock, nothing), Stuck(3), []
 
     def settle(leaf, i):
         met.append(leaf)
         clock.start -= 31.0
         return Settled(Reason.NONE if i == 0 else Reason.NUMERICS)
 
-    call._settle_leaves(settle, zip("abc", range(3), strict=True), np.arange(3), stuck)
-    call._conclude(np.zeros(3, bool), stuck)
+    call.settle_leaves(settle, zip("abc", range(3), strict=True), np.arange(3), stuck)
+    call.conclude(np.zeros(3, bool), stuck)
     assert met == ["a", "b"]
     assert outcome.status.tolist() == [Status.VERIFIED, Status.UNKNOWN, Status.UNKNOWN]
     assert outcome.reason.tolist() == [Reason.NONE, Reason.TIME, Reason.TIME]
 
 
 def test_of_several_reasons_that_which_is_easiest_to_remedy_is_named():
-    stuck = _Stuck(2)
+    stuck = Stuck(2)
     for place, reason in [(0, Reason.LOOSE), (0, Reason.NUMERICS), (1, Reason.TIME)]:
         stuck.note(place, 5, reason)
     assert stuck.questions == {5}
