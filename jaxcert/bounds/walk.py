@@ -211,6 +211,8 @@ class Walk:
         before = self.planes.get(x)
         if len(plane.operands) > 1 or x.shape != out.shape or self._readers[x] > 1:
             return
+        if x in self.refined:  # rows may start there
+            return
         if before is None or x in self.lines or before.below is None or before.above is None:
             return
         low, high = (0.0 if t is None else t for t in (plane.below, plane.above))

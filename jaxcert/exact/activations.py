@@ -19,14 +19,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcert.attacks import gradient
 from jaxcert.bounds import rounding
-from jaxcert.bounds.backward import pull_back
+from jaxcert.bounds.backward import ancestors, pull_back
 from jaxcert.bounds.concretise import least
 from jaxcert.bounds.hidden import refined, with_dust
 from jaxcert.bounds.interpreter import lower, operand
@@ -37,6 +37,7 @@ from jaxcert.bounds.slopes import Free, free_lines, tightened
 from jaxcert.bounds.walk import Walk, cast, size_of
 from jaxcert.errors import UnsupportedEquation
 from jaxcert.exact.model import Traceable
+from jaxcert.exact.outline import Outline, outline
 from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
 from jaxcert.floats import rounded_down, rounded_up
@@ -117,19 +118,23 @@ class Options:
     candidates: int = 3
 
 
-Layout: TypeAlias = tuple[tuple[str, int], ...]
-"""Of each hidden variable, in order of evaluation: the equation that makes it, and its size."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which hidden values there are: of which graph, and of which variables how many."""
+
+    outline: Outline
+    sizes: tuple[int, ...]
 
 
 def layout(walk: Walk) -> Layout:
     """The hidden variables that a walk has bounded."""
-    names = [walk.net.makers[v].name if v in walk.net.makers else "" for v in walk.refined]
-    return tuple((name, _size(walk, v)) for name, v in zip(names, walk.refined, strict=True))
+    sizes = tuple(_size(walk, v) for v in walk.refined)
+    return Layout(outline(walk.net.graph, walk.net.batch), sizes)
 
 
 def _require_same(known: Layout, own: Layout) -> None:
     """Ranges are found for one batch size and used for another: they must be of the same values."""
-    if known != own:
+    if known.sizes != own.sizes or not known.outline.alike(own.outline):
         raise UnsupportedEquation(
             "the model is traced to other equations for other batch sizes, so what is known of its "
             "hidden values for one does not hold for the other; verify it with split_inputs=True"
@@ -173,6 +178,9 @@ class Pass:
         self.hidden = list(self.walk.refined)
         self._sides = self.by_variable(domains.side, self.hidden)
         self._goals = {} if goal is None else self.by_variable(goal, self.hidden)
+        met = ancestors(self.walk.net, self.walk.planes, self.walk.output)
+        missed = [self.walk.net.flat(g, v) for v, g in self._goals.items() if v not in met]
+        self._missed = jnp.any(jnp.concatenate([domains.lower[:, :0], *missed], 1) != 0, 1)
 
     def by_variable(self, values: Array, variables: Iterable[Var]) -> dict[Var, Array]:
         """Values (k, n) of several variables, each in its own shape."""
@@ -194,6 +202,8 @@ class Pass:
     def spec(self, weights: Array) -> Spec:
         """The clause's rows, weighted, as one row; rounding comes off its offset, unless it is one
         of the rows as it stands."""
+        mine = self.question.clauses[:, 0]  # others may be rows of other clauses
+        weights = jnp.where(mine, weights, 0.0)
         wide = weights.astype(self.walk.dtype)[..., None]
         matrix = jnp.sum(wide * self.question.matrix, 1)
         offset = jnp.sum(wide[..., 0] * self.question.offset, 1)
@@ -220,7 +230,8 @@ class Pass:
         values = least(walk.around, matrix, walk.outward) + offset
         low = walk.from_centre(walk.output, form, values).T
         low = with_dust(walk, Box(low, low), walk.dust[:, None]).lower
-        return shifted(walk, spec, Box(low, low)).lower[:, 0], matrix[0]
+        found = shifted(walk, spec, Box(low, low)).lower[:, 0]
+        return jnp.where(self._missed, -jnp.inf, found), matrix[0]
 
     def _with_cuts(self, given: Multipliers, matrix: Array, offset: Array) -> tuple[Array, Array]:
         """The row, coefficients (1, k, *input) and offsets (1, k), with multipliers of the cuts
@@ -278,7 +289,8 @@ class Pass:
         walk = self.walk
         box, centre = walk.boxes[v], walk.centres.get(v, jnp.zeros(()))
         goal = self._goals.get(v, jnp.zeros_like(m))
-        total = rows + goal + m  # the first sum is exact, as the rows or the goal are zeros
+        aimed = rows + goal
+        total = aimed + m
         # Where m is 0 the end decides about the derivative alone: the cut one is what m is for.
         side = self._sides[v]
         end = jnp.where((m > 0) | ((m == 0) & (side != 1)), box.upper, box.lower)
@@ -287,12 +299,13 @@ class Pass:
         held = -wide * (end - centre)
         n = jnp.size(m) + len(walk.net.graph.equations) + 16  # all that offsets are added up with
         unit = rounding.unit(walk.rows_dtype)
-        lost = (jnp.abs(total) * unit + 2.0**-120) * size_of(box, walk.centres.get(v))
+        sizes = jnp.abs(total) + jnp.where(goal == 0, 0.0, jnp.abs(aimed))
+        lost = (sizes * unit + 2.0**-120) * size_of(box, walk.centres.get(v))
         lost = lost + rounding.gamma(n) * jnp.abs(wide) * (jnp.abs(end) + jnp.abs(centre))
-        lost = jnp.where(m == 0, 0.0, 2 * lost)
-        aimed = goal.astype(walk.dtype) * centre
-        lost = lost + 2 * rounding.gamma(n) * jnp.abs(aimed)
-        return total, walk.net.per_example(held + aimed - rounding.inflate(lost, n), v)
+        lost = jnp.where((m == 0) & (goal == 0), 0.0, 2 * lost)
+        moved = goal.astype(walk.dtype) * centre
+        lost = lost + 2 * rounding.gamma(n) * jnp.abs(moved)
+        return total, walk.net.per_example(held + moved - rounding.inflate(lost, n), v)
 
 
 # --- Ascent ---------------------------------------------------------------------------------------

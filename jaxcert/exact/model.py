@@ -1,7 +1,6 @@
 """A model as a search uses it: traced for proofs, and run at points that may break the property."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,10 +9,9 @@ import jax.numpy as jnp
 from jaxcert.attacks.gradient import Objective
 from jaxcert.bounds.expand import expand
 from jaxcert.bounds.interval import interval_bounds
+from jaxcert.exact.outline import outline
 from jaxcert.exact.question import Question, rows_at, shortfall
-from jaxcert.graph import Graph, Var
 from jaxcert.model import Structure, as_float64
-from jaxcert.rows import Rows, check
 from jaxcert.sets import Array, Box, contains, per_example, project
 from jaxcert.tracing import Traced, trace_float64
 
@@ -41,14 +39,10 @@ class Traceable:
         return trace_float64(self.structure, arrays, (count, *self.shape), self.dtype, self.mode)
 
     def least_batch(self, arrays: Any) -> int:
-        """The least batch whose graph is that of all larger ones: 1, or 2 where a single example
-        is traced to other equations, as axes of size 1 may be."""
-        (one, _), (two, rows) = (self._expanded(arrays, n) for n in (1, 2))
-        return 1 if _outline(one, {}) == _outline(two, rows) else 2
-
-    def _expanded(self, arrays: Any, count: int) -> tuple[Graph, dict[Var, Rows]]:
-        graph = expand(self.trace(arrays, count)[0]).graph
-        return graph, check(graph, count) if count > 1 else {}
+        """The least batch whose graph is that of larger ones: 1, or 2 where a single example is
+        traced to other equations, as axes of size 1 may be."""
+        one, two = (outline(expand(self.trace(arrays, n)[0]).graph, n) for n in (1, 2))
+        return 1 if one.alike(two) else 2
 
     def objective(self, arrays: Any, question: Question) -> Objective:
         """What an attack makes small: how far point i is from breaking a clause of question i."""
@@ -86,23 +80,6 @@ class Traceable:
         worst = jnp.maximum(own, wide)
         broken = (worst <= 0) & surely_in(mine, points)
         return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
-
-
-def _outline(graph: Graph, rows: Mapping[Var, Rows]) -> list[Any]:
-    """The equations by name and shape for a single example, and which of them reads which."""
-    number = {v: i for i, v in enumerate(graph.inputs)}
-    found = []
-    for eqn in graph.equations:
-        read = [number.get(a) if isinstance(a, Var) else None for a in eqn.inputs]
-        shapes = []
-        for out in eqn.outputs:
-            number[out] = len(number)
-            shape = list(out.shape)
-            if out in rows:
-                shape[rows[out].axis] //= 2
-            shapes.append((shape, out.bounded))
-        found.append((eqn.name, read, shapes))
-    return found
 
 
 def placed(question: Question, points: Array, dtype: Any) -> Array:

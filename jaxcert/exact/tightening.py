@@ -59,7 +59,7 @@ def targets(known: Ranges, owner: np.ndarray, gain: np.ndarray) -> list[Targets]
     worth = np.zeros(np.shape(known.lower))
     np.maximum.at(worth, owner, np.asarray(gain))
     found, start = [], 0
-    for (_, size), loose in zip(known.layout, known.loose, strict=True):
+    for size, loose in zip(known.layout.sizes, known.loose, strict=True):
         mine = worth[:, start : start + size] * loose
         row, place = np.nonzero(mine > 2.0**-90)
         order = np.argsort(-mine[row, place], kind="stable")
@@ -143,6 +143,7 @@ def entered(known: Ranges, targets: Targets, values: Array) -> Ranges:
         (upper, high, ~at_lower, np.fmin),
     ):
         place = targets.owner[mine], targets.place[mine]
-        end[place] = better(end[place], new[mine])
+        known_end = end[place]  # nothing else is known of an empty set
+        end[place] = better(known_end, np.where(np.isfinite(new[mine]), new[mine], known_end))
     ends: Any = lower, upper
     return dataclasses.replace(known, lower=ends[0], upper=ends[1])

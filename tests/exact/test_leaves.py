@@ -11,14 +11,13 @@ from planar import least_value
 
 from jaxcert import Box, L1Ball, L2Ball, Reason, Spec
 from jaxcert.exact import leaves
-from jaxcert.exact.activations import Candidates, Domains, Multipliers
+from jaxcert.exact.activations import Candidates, Domains, Multipliers, ranges
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import one_by_one, question
 from jaxcert.model import split
 from jaxcert.sets import sample
 
 SIZES = 2, 3, 3, 2
-LAYOUT = ("add", 3), ("add", 3)
 VALID = np.float32([-0.5, 0.6])
 SIGNS = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]])
 SIDES = np.concatenate([np.eye(2), -np.eye(2)])
@@ -70,6 +69,12 @@ def leaf(signs, layout):
     return Domains(*ends, side, multipliers, np.zeros(1), nothing, layout)
 
 
+def layout_of(model, arrays):
+    """The layout of a model's hidden values."""
+    box = Box(jnp.zeros((1, 2)), jnp.ones((1, 2)))
+    return jax.jit(lambda a: ranges(model, a, box, 1))(arrays).layout
+
+
 def asked_about(f, region, row, offset):
     """A model and a question about it, as the search has them. Only inside `enable_x64`."""
     arrays, structure = split(f)
@@ -95,8 +100,9 @@ def test_leaves_of_balls_are_settled_close_to_their_least_value(ball, valid):
         for margin in (2e-5, -2e-5):
             with jax.enable_x64(True):
                 asked = asked_about(net(weights), region, np.float64(row[None]), margin - least)
+                known = layout_of(*asked[:2])
                 found = [
-                    leaves.settle(*asked, leaf(signs, LAYOUT), 60.0)
+                    leaves.settle(*asked, leaf(signs, known), 60.0)
                     for signs in patterns(weights, region)
                 ]
             examples = [done.example for done in found if done.example is not None]
@@ -126,6 +132,6 @@ def test_the_reason_is_numerical_only_where_the_model_is_affine(function, signs,
         f = jax.tree_util.Partial(one_hidden, function)
         least = float(function(np.float64(0.375))) - 0.5
         asked = asked_about(f, region, np.ones((1, 1)), -least)
-        domain = leaf(signs, (("add", 1),))
+        domain = leaf(signs, layout_of(*asked[:2]))
         assert leaves.settle(*asked, domain, 60.0).reason == reason
         assert leaves.settle(*asked, domain, 0.0).reason == reason

@@ -9,6 +9,7 @@ from nets import net, random_weights
 from jaxcert import Box, LinfBall, Reason, Spec, Status
 from jaxcert.exact import Budget, activations, tightening, verify
 from jaxcert.exact.model import Traceable
+from jaxcert.exact.outline import outline
 from jaxcert.exact.question import question
 from jaxcert.model import split
 
@@ -40,7 +41,7 @@ def ranges_of(f, splits):
 def test_ranges_hold_and_are_tighter():
     weights = random_weights(7)
     before, after = ranges_of(net(weights), 15)
-    assert before.layout == (("add", 5), ("add", 5))
+    assert before.layout.sizes == (5, 5)
     least, most = [], []
     for row in np.eye(5):
         least.append(least_row(weights[:2], *[e[0] for e in ENDS], row[None], np.zeros(1)))
@@ -95,7 +96,7 @@ def test_slopes_of_all_layers_in_one_pass():
         after = jax.jit(lambda a, k: activations.with_slopes(model, a, box, k, 64, 2))(
             arrays, before
         )
-    assert [size for _, size in before.layout] == [6, 6, 6, 6]
+    assert before.layout.sizes == (6, 6, 6, 6)
     points = centre + rng.uniform(-0.5, 0.5, (20_000, 4))
     values = np.concatenate(residual_values([np.float64(w) for w in weights], points), 1)
     for known in (before, after):
@@ -132,6 +133,36 @@ def test_a_batch_of_one_with_other_equations():
     assert violated.status.tolist() == [Status.FALSIFIED]
     held = verify(attention, ball, Spec(row, jnp.array([0.5 - lowest])), **ask)
     assert held.status.tolist() == [Status.VERIFIED], Reason(int(held.reason[0]))
+
+
+def reordered(x):
+    """The order in which `jnp.einsum` contracts depends on the batch."""
+    h = x @ (jnp.arange(24.0).reshape(3, 8) / 24)
+    w = 0.05 * jnp.eye(8)
+    return jnp.einsum("bi,ij,jk,bk->b", h, w, w, h)[:, None] + x[:, :1]
+
+
+def test_equations_of_the_same_sizes_in_another_order_are_noticed():
+    """Ranges of one operand were taken for those of another of the same size."""
+    arrays, structure = split(reordered, jnp.zeros((1, 3)))
+    model = Traceable(structure, (3,), jnp.dtype("float32"), False, ())
+    with jax.enable_x64(True):
+        one, two, many = (outline(model.trace(arrays, n)[0], n) for n in (1, 2, 64))
+    assert one.alike(two)
+    assert not two.alike(many)
+
+
+def branching(x):
+    return jnp.maximum(x - 0.25, 0) * (jnp.array([1.0, 2.0]) if len(x) > 2 else jnp.ones(2))
+
+
+def test_other_constants_are_noticed():
+    arrays, structure = split(branching, jnp.zeros((1, 2)))
+    model = Traceable(structure, (2,), jnp.dtype("float32"), False, ())
+    with jax.enable_x64(True):
+        one, two, three = (outline(model.trace(arrays, n)[0], n) for n in (1, 2, 3))
+    assert one.alike(two)
+    assert not two.alike(three)
 
 
 def test_a_batch_of_one_with_the_same_equations():
