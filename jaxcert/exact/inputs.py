@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcert.bounds import rounding
 from jaxcert.bounds.backward import pull_back
@@ -125,22 +124,23 @@ def contracted(
 # --- Bounds on one batch of boxes -----------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
     """The inputs that vary, as places in a flattened example."""
 
-    shape: tuple[int, ...]
-    varying: tuple[int, ...]
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    varying: Any
 
     def spread(self, base: Array, part: Array) -> Array:
         """Examples (b, *shape) from what does not vary (b, *shape) and what does (b, m)."""
-        flat = base.reshape(len(base), -1).at[:, np.array(self.varying)].set(part)
+        flat = base.reshape(len(base), -1).at[:, self.varying].set(part)
         return flat.reshape(base.shape)
 
     def pick(self, full: Any) -> Any:
         """What varies: (..., *shape) to (..., m)."""
         lead = full.shape[: full.ndim - len(self.shape)]
-        return full.reshape(*lead, -1)[..., np.array(self.varying)]
+        return full.reshape(*lead, -1)[..., self.varying]
 
 
 def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
@@ -168,7 +168,7 @@ def row_bounds(walk: Walk, spec: Spec, places: Places) -> Below:
     offset, value = (jnp.moveaxis(a, 1, 0).reshape(len(centre), -1) for a in (offset, value))
     varying = places.pick(matrix)
     fixed = matrix.reshape(*matrix.shape[:2], -1)
-    fixed = fixed.at[..., jnp.array(places.varying)].set(0.0)
+    fixed = fixed.at[..., places.varying].set(0.0)
     radius = jnp.maximum(box.upper - centre, centre - box.lower).reshape(len(centre), 1, -1)
     lost = rounding.inflate(jnp.sum(jnp.abs(fixed) * radius, -1), fixed.shape[-1])
     lost = lost * (1 + 8 * rounding.UNIT)
@@ -199,11 +199,11 @@ def cut_functions(cuts: Cuts, places: Places, box: Box) -> Below:
     centre = box.lower / 2 + box.upper / 2
     radius = jnp.maximum(box.upper - centre, centre - box.lower).reshape(len(centre), 1, -1)
     matrix = jnp.asarray(cuts.matrix)
-    fixed = jnp.abs(matrix).at[..., np.array(places.varying, int)].set(0.0)
+    fixed = jnp.abs(matrix).at[..., places.varying].set(0.0)
     lost = rounding.inflate(jnp.sum(fixed * radius, -1), fixed.shape[-1])
     low = cuts.at(centre).lower - lost * (1 + 8 * rounding.UNIT)
     offset = rounding.widen(Box(low, low), rounding.ARITHMETIC).lower
-    varying = matrix[..., np.array(places.varying, int)]
+    varying = matrix[..., places.varying]
     return Below(varying, offset, places.pick(centre), jnp.full_like(offset, -jnp.inf))
 
 
@@ -327,7 +327,7 @@ def _movements(walk: Walk, places: Places) -> dict[Var, Array]:
     net = walk.net
     box = walk.boxes[net.input]
     unit = jnp.zeros((len(places.varying), *places.shape)).reshape(len(places.varying), -1)
-    unit = unit.at[jnp.arange(len(places.varying)), jnp.array(places.varying)].set(1.0)
+    unit = unit.at[jnp.arange(len(places.varying)), places.varying].set(1.0)
     unit = unit.reshape(len(places.varying), 1, *places.shape)
     found = {net.input: (unit * (box.upper - box.lower)).astype(walk.rows_dtype)}
     for v, plane in walk.planes.items():

@@ -1,6 +1,5 @@
 """Verdicts by search: falsification first, then branch and bound."""
 
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.planes import PLANES
 from jaxcert.certificate import Reason, Verdict
 from jaxcert.exact.by_activations import by_activations
-from jaxcert.exact.by_inputs import by_inputs
+from jaxcert.exact.by_inputs import FEW_INPUTS, by_inputs
 from jaxcert.exact.call import Call
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.outcome import Budget, Clock, Outcome, Report
@@ -20,9 +19,6 @@ from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, output_shape, split, uses_float64
 from jaxcert.sets import AnySet, Array, checked, like
 from jaxcert.specs import Property
-
-FEW_INPUTS = 16
-"""Up to so many inputs that vary, the search splits inputs, else hidden values."""
 
 
 def verify(
@@ -111,8 +107,6 @@ def decide(
         call.attack()
         varying = call.varying()
         few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
-        if math.prod(shape) <= FEW_INPUTS:  # then one program serves all properties
-            varying = tuple(range(math.prod(shape)))
         if outcome.open.any():
             by_inputs(call, varying) if few else by_activations(call)
     return outcome

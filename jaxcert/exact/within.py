@@ -74,7 +74,7 @@ def decide_within(
         model = Traceable(structure, x.shape[1:], dtype, mode, ())
         asked = question(one_by_one(region), prop, x.shape[0], k)
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, asked)))
-        places = inputs.Places(model.shape, tuple(range(math.prod(model.shape))))
+        places = inputs.Places(model.shape, np.arange(math.prod(model.shape)))
         expand = functools.partial(inputs.expansion, model, places, arrays, asked)
         state = search.block(expand, batch, _start(asked.region, batch, capacity), steps)
         status, reason = _answers(state, batch)
