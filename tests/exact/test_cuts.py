@@ -20,6 +20,9 @@ from jaxcert.exact.question import Cuts, cuts_of
 BUDGET = Budget(seconds=600, domains=20_000)
 LOWER, UPPER = (np.float32([end] * 3) for end in ([-1.0, -0.5], [0.5, 1.0]))
 MODES = pytest.mark.parametrize("split_inputs", [True, False])
+MODES_OF_WHICH_ONE_IS_SLOW = pytest.mark.parametrize(
+    "split_inputs", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 
 
 def any_of(matrix, offset):
@@ -63,7 +66,7 @@ def drawn(seed):
     return weights, rows, matrix, level, least
 
 
-@MODES
+@MODES_OF_WHICH_ONE_IS_SLOW
 @given(
     seed=st.integers(0, 10_000),
     margins=st.lists(st.sampled_from([-0.3, -1e-2, -1e-3, 1e-3, 0.3]), min_size=3, max_size=3),
@@ -101,7 +104,7 @@ def test_cuts_decide(split_inputs):
     assert verdict.status.tolist() == [Status.FALSIFIED] * 3
 
 
-@MODES
+@MODES_OF_WHICH_ONE_IS_SLOW
 def test_a_cut_within_rounding_of_the_boundary_proves_nothing_false(split_inputs):
     """x_0 + x_1 > t fails where x_0 + x_1 >= t, if only at equality, and one unit below it."""
     t = float(np.float32(0.3))

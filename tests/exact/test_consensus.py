@@ -15,7 +15,9 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("benchmark", CHOSEN)
+@pytest.mark.parametrize(
+    "benchmark", ["acasxu", "mnist_fc", pytest.param("rl_benchmarks", marks=pytest.mark.slow)]
+)
 def test_verdicts_are_those_of_the_consensus(data, benchmark):
     folder = data / "vnncomp"
     with (folder / "expected.csv").open() as file:
