@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -153,17 +154,18 @@ class _Hidden:
         call, seconds = self.call, min(self.seconds_for(targets), self.call.clock.left / 2)
         # As many at a time as take about two seconds: the clock is not looked at in between.
         size = int(np.clip(2 ** np.floor(np.log2(max(1.0, 2 * call.rate / SPLITS))), 2, 32))
-        known = self._tightened(known, targets[0].part(0, size), like)  # compiled before it counts
-        total, done, began = sum(map(len, targets)), 0, call.clock.seconds
+        total, done, began = sum(map(len, targets)), 0, math.inf
         for each in targets:
-            done += len(each)
+            done, before = done + len(each), known
             for start in range(0, len(each), size):
                 if call.clock.over(call.outcome):
                     return known
                 if call.clock.seconds > began + seconds * done / total:
                     break
                 known = self._tightened(known, each.part(start, size), like)
-            known = self.with_slopes(known, 1)
+                began = min(began, call.clock.seconds)  # the first one compiles
+            if known is not before:
+                known = self.with_slopes(known, 1)
         return known
 
     def _tightened(self, known: Ranges, part: Targets, like: Domains) -> Ranges:

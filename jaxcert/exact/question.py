@@ -295,7 +295,8 @@ def padded(asked: Question) -> Question:
 
 
 def each_clause(asked: Question, here: np.ndarray, clause: np.ndarray) -> Question:
-    """One question for each pair of a set and a clause, with that clause's rows only."""
+    """One question for each pair of a set and a clause. Rows of other clauses fill up what the
+    longest one has more; only `clauses` says which are a clause's own."""
     clauses = np.asarray(asked.clauses)[here, clause]
     most = rounded(int(clauses.sum(1).max()))
     order = np.argsort(~clauses, axis=1, kind="stable")[:, :most]
