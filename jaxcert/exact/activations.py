@@ -35,9 +35,8 @@ from jaxcert.bounds.planes import Planes
 from jaxcert.bounds.relaxations import value_at
 from jaxcert.bounds.slopes import Free, free_lines, tightened
 from jaxcert.bounds.walk import Walk, cast, size_of
-from jaxcert.errors import UnsupportedEquation
 from jaxcert.exact.model import Traceable
-from jaxcert.exact.outline import Outline, outline
+from jaxcert.exact.outline import Outline, outline, require_alike
 from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
 from jaxcert.floats import rounded_down, rounded_up
@@ -134,11 +133,8 @@ def layout(walk: Walk) -> Layout:
 
 def _require_same(known: Layout, own: Layout) -> None:
     """Ranges are found for one batch size and used for another: they must be of the same values."""
-    if known.sizes != own.sizes or not known.outline.alike(own.outline):
-        raise UnsupportedEquation(
-            "the model is traced to other equations for other batch sizes, so what is known of its "
-            "hidden values for one does not hold for the other; verify it with split_inputs=True"
-        )
+    require_alike(known.outline, own.outline)
+    assert known.sizes == own.sizes
 
 
 def _size(walk: Walk, v: Var) -> int:

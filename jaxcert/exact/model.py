@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxcert.attacks.gradient import Objective
 from jaxcert.bounds.expand import expand
 from jaxcert.bounds.interval import interval_bounds
-from jaxcert.exact.outline import outline
+from jaxcert.exact.outline import outline, require_alike
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
 from jaxcert.sets import Array, Box, contains, per_example, project
@@ -40,8 +40,16 @@ class Traceable:
 
     def least_batch(self, arrays: Any) -> int:
         """The least batch whose graph is that of larger ones: 1, or 2 where a single example is
-        traced to other equations, as axes of size 1 may be."""
-        one, two = (outline(expand(self.trace(arrays, n)[0]).graph, n) for n in (1, 2))
+        traced to other equations, as axes of size 1 may be.
+
+        Here the contents of weights are known. Where a search is compiled they are not, and only
+        equations and sizes can be compared (`activations.Pass`); so two and many are compared here.
+
+        Raises:
+          UnsupportedEquation: the graph is another one for many.
+        """
+        one, two, many = (outline(expand(self.trace(arrays, n)[0]).graph, n) for n in (1, 2, 64))
+        require_alike(two, many)
         return 1 if one.alike(two) else 2
 
     def objective(self, arrays: Any, question: Question) -> Objective:

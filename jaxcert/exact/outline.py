@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcert.errors import UnsupportedEquation
 from jaxcert.graph import Graph, Var
 from jaxcert.model import is_traced
 
@@ -48,6 +49,15 @@ class Outline:
         # A constant with an axis of examples has other entries for each batch.
         pairs = zip(self.constants, other.constants, strict=True)
         return bool(in_proportion) and all(x == y or x[0] != y[0] for x, y in pairs)
+
+
+def require_alike(a: Outline, b: Outline) -> None:
+    """Refuse a model that does not compute the same for two batch sizes."""
+    if not a.alike(b):
+        raise UnsupportedEquation(
+            "the model is traced to other equations for other batch sizes, so what is known of its "
+            "hidden values for one does not hold for the other; verify it with split_inputs=True"
+        )
 
 
 def outline(graph: Graph, batch: int) -> Outline:

@@ -428,11 +428,13 @@ def test_nothing_proves_what_is_false(name, changes, request):
     _, most = extremes(each.layers, low, high)
     false = vnnlib(low, high, 2, f"(or (>= Y_0 {most[0] - 0.01:.6f}) (>= Y_1 1000.0))")
     arrays = {key: getattr(each.loaded(), key).copy() for key in proof.FORMS}
-    for key, place, value in changes:
-        if arrays[key].size:
-            arrays[key].flat[place % arrays[key].size] = value
-    with np.errstate(all="ignore"), pytest.raises(ProofRejected):
-        proof.Check(each.question(false.encode()), proof.Proof({}, **arrays)).run()
+    with np.errstate(all="ignore"):
+        for key, place, value in changes:
+            if arrays[key].size:
+                cast = np.float64(value).astype(arrays[key].dtype)
+                arrays[key].flat[place % arrays[key].size] = cast
+        with pytest.raises(ProofRejected):
+            proof.Check(each.question(false.encode()), proof.Proof({}, **arrays)).run()
 
 
 # --- Nets -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from enumeration import least_row
 from nets import net, random_weights
 
 from jaxcert import Box, LinfBall, Reason, Spec, Status
+from jaxcert.errors import UnsupportedEquation
 from jaxcert.exact import Budget, activations, tightening, verify
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.outline import outline
@@ -153,8 +154,23 @@ def test_equations_of_the_same_sizes_in_another_order_are_noticed():
     model = Traceable(structure, (3,), jnp.dtype("float32"), False, ())
     with jax.enable_x64(True):
         one, two, many = (outline(model.trace(arrays, n)[0], n) for n in (1, 2, 64))
-    assert one.alike(two)
-    assert not two.alike(many)
+        assert one.alike(two)
+        assert not two.alike(many)
+        with pytest.raises(UnsupportedEquation, match="split_inputs=True"):
+            model.least_batch(arrays)
+
+
+def swapped(weights, x):
+    first, second = weights[::-1] if len(x) > 2 else weights
+    return jnp.maximum(jnp.maximum(x @ first, 0) @ second, 0)
+
+
+def test_weights_in_another_order_are_noticed():
+    f = jax.tree_util.Partial(swapped, [jnp.eye(2), 2 * jnp.eye(2)])
+    arrays, structure = split(f, jnp.zeros((1, 2)))
+    model = Traceable(structure, (2,), jnp.dtype("float32"), False, ())
+    with jax.enable_x64(True), pytest.raises(UnsupportedEquation, match="split_inputs=True"):
+        model.least_batch(arrays)
 
 
 def branching(x):
