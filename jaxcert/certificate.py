@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.floats import rounded_down
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Box
 
 Array: TypeAlias = jax.Array
@@ -17,7 +18,7 @@ ABSTAIN = -1
 """The prediction of a certifier that predicts nothing: smoothing's abstention, or NaN logits."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """For every x' in `within` with |x' - x|_norm <= radius, the certified function predicts
@@ -109,7 +110,7 @@ MESSAGES = {
 }
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """The answer to "does the property hold on the whole set?", as codes that survive jit.

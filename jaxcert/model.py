@@ -29,6 +29,7 @@ class Structure:
     """All of a model but its arrays; hashable, so that jit can take it as a static argument."""
 
     treedef: Any
+    classes: int  # the treedef's hash, as treedefs of two dataclasses may be equal: see pytrees
     constants: tuple["_Constant | None", ...]  # one per leaf, None for arrays
     program: Any = None  # what the model computes, if it hides state that the rest does not show
 
@@ -67,7 +68,7 @@ def split(f: Model, x: Any = None) -> tuple[list[Any], Structure]:
     leaves, treedef = jax.tree.flatten(f)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     constants = tuple(None if _is_array(leaf) else _Constant(leaf, _key(leaf)) for leaf in leaves)
-    structure = Structure(treedef, constants)
+    structure = Structure(treedef, hash(treedef), constants)
     hidden = [f.func] if isinstance(f, jax.tree_util.Partial) else []
     hidden += [c.value for c in constants if c is not None]
     opaque = jax.tree_util.treedef_is_leaf(treedef) or any(_hides_state(v) for v in hidden)

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.model import is_traced
+from jaxcert.pytrees import pytree
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Box:
     """All x with lower <= x <= upper, elementwise.
@@ -49,7 +50,7 @@ class _Ball:
     norm: ClassVar[float]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LinfBall(_Ball):
     """All x' with max_i |x'_i - x_i| <= eps, and x' in `valid` where given."""
@@ -57,7 +58,7 @@ class LinfBall(_Ball):
     norm: ClassVar[float] = float("inf")
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class L2Ball(_Ball):
     """All x' with sqrt(sum_i (x'_i - x_i)^2) <= eps, and x' in `valid` where given."""
@@ -65,7 +66,7 @@ class L2Ball(_Ball):
     norm: ClassVar[float] = 2.0
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class L1Ball(_Ball):
     """All x' with sum_i |x'_i - x_i| <= eps, and x' in `valid` where given."""
@@ -73,7 +74,7 @@ class L1Ball(_Ball):
     norm: ClassVar[float] = 1.0
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Polytope:
     """All x of a box that satisfy linear inequalities: lower <= x <= upper, matrix x + offset <= 0.
@@ -115,7 +116,13 @@ def per_example(value: Any, like: Any) -> Array:
 
 def flat_norm(delta: Array, norm: float) -> Array:
     """The norm of each example's perturbation, (b, *input) -> (b,)."""
-    return jnp.linalg.norm(delta.reshape(delta.shape[0], -1), ord=norm, axis=1)
+    delta = delta.reshape(delta.shape[0], -1)
+    if norm != 2:
+        return jnp.linalg.norm(delta, ord=norm, axis=1)
+    # In units of the largest entry: squares of large ones overflow, those of small ones are 0.
+    unit = jax.lax.stop_gradient(jnp.max(jnp.abs(delta), 1, initial=0.0))
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
+    return unit * jnp.linalg.norm(delta / unit[:, None], axis=1)
 
 
 def like(region: AnySet) -> Any:

@@ -7,12 +7,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Box
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """The property `C f(x) + d > 0` for every row, strictly.
@@ -26,7 +27,7 @@ class Spec:
     offset: Any = 0.0
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class AllOf:
     """The property that every part holds."""
@@ -34,7 +35,7 @@ class AllOf:
     parts: tuple["Property", ...]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class AnyOf:
     """The property that at every point of the set at least one part holds."""

@@ -10,11 +10,12 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "jaxcert"
 
 # Each room may import from itself and from the rooms named here.
-MODEL = {"errors", "model", "floats"}
+MODEL = {"errors", "model", "floats", "pytrees"}
 WORDS = MODEL | {"sets", "specs", "certificate"}
 GRAPH = {"graph", "idioms", "rows", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
+    "pytrees": set(),
     "model": set(),
     "floats": {"model"},
     "sets": MODEL,

@@ -25,8 +25,7 @@ from jaxcert.sets import (
     uncut,
 )
 
-rng = np.random.default_rng(0)
-CENTRES = jnp.asarray(rng.uniform(size=(5, 4)), jnp.float32)
+CENTRES = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 4)), jnp.float32)
 EPS = jnp.array([0.0, 0.01, 0.3, 0.7, 5.0])
 VALID = Box(0.0, 1.0)
 UNEVEN = Box(CENTRES - 0.05, CENTRES + 0.4)
@@ -67,7 +66,7 @@ def test_samples_lie_inside_and_reach_the_boundary(region):
 @pytest.mark.parametrize("region", SETS, ids=ids)
 def test_projection_is_the_nearest_point(region):
     """No sample of the set is nearer, and points of the set stay."""
-    x = jnp.asarray(rng.normal(size=(5, 4)) * 2, jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)) * 2, jnp.float32)
     run = jax.jit(project)
     nearest = np.asarray(run(region, x), np.float64)
     assert inside(region, nearest, 3e-6).all()
@@ -81,7 +80,7 @@ def test_projection_is_the_nearest_point(region):
 @pytest.mark.parametrize("ball", [L2Ball, L1Ball])
 @pytest.mark.parametrize("valid", [None, VALID, UNEVEN], ids=["none", "unit", "uneven"])
 def test_projection_against_scipy(ball, valid):
-    x = rng.normal(size=(5, 4)) * 1.5
+    x = np.random.default_rng(2).normal(size=(5, 4)) * 1.5
     region = ball(CENTRES, EPS, valid)
     got = np.asarray(project(region, jnp.asarray(x, jnp.float32)), np.float64)
     box = Box(-np.inf, np.inf) if valid is None else valid
@@ -126,6 +125,18 @@ def test_contains():
     assert contains(Box(CENTRES, CENTRES), CENTRES).all()
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e-20, 1.0, 1e20, 1e160])
+def test_sizes_of_extreme_distances(scale):
+    """Squares of distances overflowed and vanished."""
+    with jax.enable_x64(True):
+        delta = scale * np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
+        assert np.allclose(flat_norm(jnp.asarray(delta), 2.0), scale * np.array([5.0, 0.0, 1.0]))
+        ball = L2Ball(jnp.zeros((3, 2)), scale * np.array([4.9, 0.0, 1.0]))
+        assert contains(ball, jnp.asarray(delta)).tolist() == [False, True, True]
+        slope = jax.grad(lambda d: flat_norm(d, 2.0).sum())(jnp.asarray(delta[:1]))
+    assert np.allclose(slope, [[0.6, 0.8]])
+
+
 def test_bounding_boxes():
     box = bounding_box(L2Ball(CENTRES, EPS, VALID))
     assert (box.lower >= 0).all()
@@ -151,15 +162,15 @@ def test_sets_are_pytrees(region):
         assert np.allclose(each, bounding_box(region).upper)
 
 
-def polytope(cuts=3):
+def polytope(seed=0, cuts=3):
     """A random one for each centre, which has the centre well inside."""
-    matrix = jnp.asarray(rng.normal(size=(5, cuts, 4)), jnp.float32)
+    matrix = jnp.asarray(np.random.default_rng(seed).normal(size=(5, cuts, 4)), jnp.float32)
     offset = -jnp.sum(matrix * CENTRES[:, None], 2) - 0.1
     return Polytope(CENTRES - 1, CENTRES + 0.5, matrix, offset)
 
 
 def test_projection_on_a_polytope_against_scipy():
-    region, x = polytope(), np.float32(rng.normal(size=(5, 4)) * 2)
+    region, x = polytope(), np.float32(np.random.default_rng(1).normal(size=(5, 4)) * 2)
     got = np.asarray(project(region, jnp.asarray(x)), np.float64)
     for i in range(5):
         low, high, matrix, offset = (np.asarray(a[i], np.float64) for a in jax.tree.leaves(region))

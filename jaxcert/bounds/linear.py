@@ -26,6 +26,7 @@ from jaxcert.bounds.transform import Bound, Method, transform
 from jaxcert.bounds.walk import BoundHidden, Walk, meet, size_of
 from jaxcert.graph import Var
 from jaxcert.model import Model
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array, Box, InputSet
 from jaxcert.specs import Spec
 
@@ -135,7 +136,7 @@ def hidden_bounds(
     return transform(f, outward, boxes)  # type: ignore[return-value]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LinearBounds:
     """Affine functions of the input around each row of C f(x) + d, for x in the region:

@@ -27,10 +27,11 @@ from jaxcert.bounds.functions import at_point
 from jaxcert.bounds.interpreter import RULES, Value, lower, upper
 from jaxcert.bounds.rules import unless
 from jaxcert.graph import Equation, Var, unsupported
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array, Box
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Lines:
     """A line below and a line above a function on a box, each array of the operand's shape."""

@@ -287,6 +287,8 @@ class Free:
 
     def combined(self, share: Array) -> Planes:
         """(1 - share) of the first and share of the second."""
+        # 1 - share in a narrower type errs by more than `blur` counts.
+        share = share.astype(jnp.result_type(share, self.first.lower))
 
         def mix(p, q):
             return (1 - share) * p + share * q

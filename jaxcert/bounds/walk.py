@@ -93,7 +93,7 @@ class Walk:
         """The graph's output, which depends on the input."""
         out = self.net.graph.outputs[0]
         if not isinstance(out, Var) or not out.bounded:
-            raise ValueError("the model's output does not depend on its input; use ibp")
+            raise ValueError("the model's output does not depend on its input: evaluate it instead")
         return out
 
     def run(self, bound_hidden: BoundHidden | None, *, every: bool = False) -> None:

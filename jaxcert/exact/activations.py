@@ -41,11 +41,12 @@ from jaxcert.exact.question import Question
 from jaxcert.exact.search import Expansion
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.graph import Var
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array, Box, InputSet, per_example
 from jaxcert.specs import Spec
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Multipliers:
     """What a bound is improved by, for k sub-domains.
@@ -63,7 +64,7 @@ class Multipliers:
     cuts: Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """Which hidden values of k sub-domains to cut, the most promising first.
@@ -79,7 +80,7 @@ class Candidates:
     unit: Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Domains:
     """k sub-domains.
@@ -544,7 +545,7 @@ def _tries(model: Traceable, arrays: Any, question: Question, slope: Array) -> A
 # --- The beginning --------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Ranges:
     """Ranges of the hidden values on n sets.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.exact.enclosures import Bounds
+from jaxcert.pytrees import pytree
 
 Array: TypeAlias = Any
 
@@ -20,7 +21,7 @@ CHUNK = 32  # sub-domains at a time
 CANDIDATES = 4  # for a split, whose halves are bounded
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Hints:
     """What bounds of b sub-domains are improved by.
@@ -36,7 +37,7 @@ class Hints:
     weights: Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """For each of b sub-domains, r functions A v + d of a value v: (b, r, n) and (b, r)."""
@@ -45,7 +46,7 @@ class Rows:
     offset: Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where hidden values may be.

@@ -15,6 +15,7 @@ from jaxcert.exact.outcome import Budget
 from jaxcert.exact.verify import verify
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.model import Model, output_shape, run, split
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array, Ball, Box, L1Ball, L2Ball, LinfBall, checked, flat_norm
 from jaxcert.specs import Spec, margins
 
@@ -71,16 +72,16 @@ def _asked(f: Model, ball: Ball, budget: Budget) -> tuple[Array, Verdict]:
     return prediction, verify(f, ball, Spec(matrix, spec.offset), budget=budget)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far each x is from an input that f predicts otherwise.
+    """How far each x is from an input at which another class scores as high as the predicted one.
 
     Attributes:
       prediction: f's own at x, int (b,), or `ABSTAIN`.
-      lower: nothing nearer than that is predicted otherwise; proved, rounded down, (b,).
+      lower: nothing nearer than that is predicted otherwise, nor ties; proved, rounded down, (b,).
       upper: the distance of `example`, or infinite if none was found, (b,).
-      example: inputs that are predicted otherwise, where `upper` is finite, (b, *input).
+      example: inputs that are predicted otherwise or tie, where `upper` is finite, (b, *input).
       norm: in which distances are measured; static.
     """
 

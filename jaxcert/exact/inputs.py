@@ -40,13 +40,14 @@ from jaxcert.exact.question import Cuts, Question
 from jaxcert.exact.search import Expansion
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.graph import Var
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array, Box, InputSet, LinfBall, bounding_box, flat_norm
 from jaxcert.specs import Spec
 
 ROUNDS = 2  # of contraction; more gain nothing
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Below:
     """Affine functions below rows on a box: matrix (x - centre) + offset <= row(x).
@@ -124,7 +125,7 @@ def contracted(
 # --- Bounds on one batch of boxes -----------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Places:
     """The inputs that vary, as places in a flattened example."""
@@ -343,7 +344,7 @@ def _movements(walk: Walk, places: Places) -> dict[Var, Array]:
 # --- One step -------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Boxes:
     """Sub-domains: what the varying inputs range over, (b, m) each, in float64."""

@@ -1,18 +1,21 @@
 """A model as a search uses it: traced for proofs, and run at points that may break the property."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcert.attacks.gradient import Objective
 from jaxcert.bounds.expand import expand
 from jaxcert.bounds.interval import interval_bounds
+from jaxcert.errors import MixedRows
 from jaxcert.exact.outline import outline, require_alike
 from jaxcert.exact.question import Question, rows_at, shortfall
 from jaxcert.model import Structure, as_float64
-from jaxcert.sets import Array, Box, contains, per_example, project
+from jaxcert.sets import Array, Box, InputSet, bounding_box, contains, per_example, project
 from jaxcert.tracing import Traced, trace_float64
 
 
@@ -52,6 +55,22 @@ class Traceable:
         require_alike(two, many)
         return 1 if one.alike(two) else 2
 
+    def require_alone_as_among_others(self, arrays: Any, region: InputSet) -> None:
+        """Refuse a model that gives the same input, the middle of one set, other outputs in another
+        place of a batch or in a batch of another size: sub-domains come in all of them.
+
+        Raises:
+          MixedRows: it does.
+        """
+        with jax.enable_x64(self.mode):
+            outputs = np.asarray(_outputs(self, arrays, region), np.float64)
+        apart = np.abs(outputs - outputs[0])
+        if (apart > 1e-3 * np.max(np.abs(outputs[0]), initial=0.0)).any():
+            raise MixedRows(
+                "the model's outputs for an input depend on its place in the batch or on the size "
+                "of the batch; give it rows that are independent"
+            )
+
     def objective(self, arrays: Any, question: Question) -> Objective:
         """What an attack makes small: how far point i is from breaking a clause of question i."""
 
@@ -90,18 +109,31 @@ class Traceable:
         return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(model: Traceable, arrays: Any, region: InputSet) -> Array:
+    """Of the middle of one set in each place of batches of 1, 2 and 64, (67, ...)."""
+    f, box = model.structure.build(arrays), bounding_box(region)
+    x = (box.lower / 2 + box.upper / 2).astype(model.dtype)
+    return jnp.concatenate([f(jnp.broadcast_to(x, (n, *model.shape))) for n in (1, 2, 64)])
+
+
 def placed(question: Question, points: Array, dtype: Any) -> Array:
     """Points near others that the input's type represents, if there are such in the sets.
 
-    Where there are cuts, inputs that rounding would move out of the box become ends of it. Points
-    are projected on the set and drawn inside, by more than rounding; what does not surely satisfy
-    the cuts then, as in a set without interior, stays where it was projected.
+    In a ball they are rounded towards its centre, which does not lead out of it. Where there are
+    cuts, inputs that rounding would move out of the box become ends of it. Points are projected on
+    the set and drawn inside, by more than rounding; what does not surely satisfy the cuts then, as
+    in a set without interior, stays where it was projected.
     """
     region, cuts = question.region, question.cuts
     if not isinstance(region, Box):  # off the surface, where rounding matters
         points = region.x + (1 - 2.0**-20) * (points - region.x)
     if not cuts.count:
-        rounded = points.astype(dtype).astype(points.dtype)
+        near = points.astype(dtype)
+        if not isinstance(region, Box):
+            beyond = jnp.abs(near - region.x) > jnp.abs(points - region.x)
+            near = jnp.where(beyond, jnp.nextafter(near, region.x.astype(dtype)), near)
+        rounded = near.astype(points.dtype)
         fits = per_example(surely_in(question, rounded), points)
         return jnp.where(fits, rounded, points)
     assert isinstance(region, Box)

@@ -20,6 +20,7 @@ from scipy import optimize
 
 from jaxcert.bounds import rounding
 from jaxcert.model import as_float64, is_traced
+from jaxcert.pytrees import pytree
 from jaxcert.sets import AnySet, Array, Box, InputSet, Polytope, like, uncut
 from jaxcert.specs import AllOf, AnyOf, Property, Spec
 
@@ -31,7 +32,7 @@ LARGEST = 2.0**400
 underflow."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Cuts:
     """For n sets, p affine functions of the input, flattened, that are at most 0 on each:
@@ -135,7 +136,7 @@ def _inner(low: Any, high: Any, matrix: Any, offset: Any) -> np.ndarray:
     return np.clip(found.x[:-1], low, high) if found.status == 0 else np.full(len(low), np.nan)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Question:
     """For n sets: does every clause of rows hold at every point?

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.model import is_traced
+from jaxcert.pytrees import pytree
 from jaxcert.sets import Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Expansion:
     """What became of a batch of k sub-domains.
@@ -47,7 +48,7 @@ Expand: TypeAlias = Callable[[Any, Array, Array], Expansion]
 """(k sub-domains, the question of each, which are there) -> their expansion."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """The state of a search for n questions.

@@ -102,6 +102,8 @@ def decide(
         none = np.zeros(n, np.int32)
         outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
         call = Call(model, arrays, asked, outcome, clock, key)
+        first = jax.tree.map(lambda a: np.asarray(a)[:1], asked.region)
+        model.require_alone_as_among_others(arrays, first)
         if asked.cuts.count:
             call.tighten()
         call.attack()

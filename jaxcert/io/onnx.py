@@ -21,11 +21,12 @@ from jaxcert.io import layers as layers  # they enter their functions into the t
 from jaxcert.io import movement as movement
 from jaxcert.io.assemble import Net, Node, assemble
 from jaxcert.io.program import Program
+from jaxcert.pytrees import pytree
 
 Array: TypeAlias = jax.Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnnxModel:
     """A net from an ONNX file: `f(x)` maps (b, *input_shape) to (b, outputs).

@@ -12,6 +12,8 @@ from oracles import in_float64, points_of
 from reference_nets import load
 
 from jaxcert.bounds import alpha_crown, crown, crown_ibp
+from jaxcert.bounds.planes import Planes
+from jaxcert.bounds.slopes import Free
 from jaxcert.sets import L2Ball, LinfBall
 from jaxcert.specs import margins
 
@@ -147,3 +149,14 @@ def test_the_published_implementation_is_no_tighter(data):
     assert float((box.upper - box.lower).mean()) <= 1.002 * (upper - lower).mean()
     plain = saved["b16/CROWN/ub"] - saved["b16/CROWN/lb"]
     assert (np.asarray(box.upper - box.lower) <= plain * (1 + 1e-4)).all()
+
+
+def test_shares_of_a_narrower_type_add_up_to_one():
+    """With 1 - share in float32, proofs in float64 were wrong by 3e-8 of a hidden value."""
+    with jax.enable_x64(True):
+        line = jnp.linspace(0.5, 3e6, 101, dtype=jnp.float64)
+        plane = Planes((), jnp.multiply, line, line, line, line)
+        share = jnp.asarray(np.random.default_rng(0).uniform(size=101), jnp.float32)
+        mixed = Free(plane, plane, 0.0).combined(share)
+    for found in (mixed.lower, mixed.upper, mixed.below, mixed.above):
+        assert np.allclose(found, line, rtol=1e-15, atol=0)

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import net, random_weights
 
-from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, Reason, Spec, Status
+from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, MixedRows, Reason, Spec, Status
 from jaxcert.exact import Budget, verify
 from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
 from jaxcert.exact.outcome import Clock, Outcome, Stuck
+from jaxcert.sets import contains
 
 BUDGET = Budget(seconds=600, domains=20_000)
 BOX = np.array([-1.0, -0.5], "f"), np.array([0.5, 1.0], "f")
@@ -101,6 +102,30 @@ def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     assert verdict.status.tolist() == [Status.VERIFIED, Status.FALSIFIED]
     delta = np.asarray(verdict.counterexample[1] - x[1], np.float64)
     assert np.linalg.norm(delta, ord=ball.norm) <= 0.5
+
+
+@pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
+def test_counterexamples_in_narrow_balls_lie_inside(ball):
+    """Rounding to the nearest float32 led out of balls of a few of their steps."""
+    region = ball(jnp.ones((2, 2)), jnp.array([0.6, 1.6]) * 2.0**-23)
+    f, spec = lambda x: 1 - x[:, :1], Spec(jnp.eye(1), 0.0)
+    verdict = verify(f, region, spec, budget=BUDGET)
+    assert verdict.status.tolist() == [Status.FALSIFIED] * 2
+    assert contains(region, verdict.counterexample).all()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: jnp.abs(x) + (0.1 if len(x) > 1 else -0.1),
+        lambda x: jnp.abs(x) + jnp.arange(len(x))[:, None],
+        lambda x: jnp.abs(x) + (0.1 if len(x) > 40 else -0.1),
+    ],
+    ids=["alone", "by place", "many"],
+)
+def test_models_that_look_at_the_batch_are_refused(f):
+    with pytest.raises(MixedRows, match="place in the batch or on the size"):
+        verify(f, LinfBall(jnp.zeros((1, 1)), 0.5), Spec(jnp.eye(1), 0.0), budget=BUDGET)
 
 
 def _sizes(x):
