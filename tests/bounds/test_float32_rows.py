@@ -148,7 +148,7 @@ SETS = {
     [
         pytest.param(padding_after_a_bias, "l1 cut", marks=pytest.mark.slow),
         (residual_with_strided_shortcut, "linf"),
-        (a_bias_per_position, "box"),
+        pytest.param(a_bias_per_position, "box", marks=pytest.mark.slow),
         (average_pool, "l2"),
     ],
 )

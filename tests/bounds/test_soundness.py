@@ -66,7 +66,10 @@ NOT_AS_A_PROOF = {
 
 
 SLOW = pytest.mark.slow
-LARGE = {"resnet_nnx", "resnet_linen", "attention", "attention_masked_by_minus_inf", "recurrent"}
+LARGE = {
+    "resnet_nnx", "resnet_linen", "attention", "attention_masked_by_minus_inf", "recurrent",
+    "convolutions", "arithmetic", "log_probabilities", "tokens_merged_with_batch",
+}  # fmt: skip
 
 
 def test_every_model_and_set_has_a_case():

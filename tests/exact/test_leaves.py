@@ -86,8 +86,17 @@ def asked_about(f, region, row, offset):
     )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("ball", "valid"), [(L2Ball, False), (L2Ball, True), (L1Ball, False), (L1Ball, True)]
+    ("ball", "valid"),
+    [
+        pytest.param(L2Ball, False, marks=SLOW),
+        (L2Ball, True),
+        pytest.param(L1Ball, False, marks=SLOW),
+        (L1Ball, True),
+    ],
 )
 def test_leaves_of_balls_are_settled_close_to_their_least_value(ball, valid):
     """With an offset that makes the least value over the ball a little more than 0, a net is proved

@@ -1,6 +1,7 @@
 """The search against enumeration of all activation patterns, and where it must give up."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, MixedRows, Reason, Spec, Status
-from jaxcert.exact import Budget, verify
+from jaxcert.exact import Budget, activations, verify
 from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
 from jaxcert.exact.outcome import Clock, Outcome, Stuck
@@ -66,6 +67,21 @@ def bump(x):
     return jnp.concatenate([2 + x[:, :1], x[:, 1:2], 0.5 - near], 1)
 
 
+def test_rows_of_other_clauses_have_no_weight():
+    """A clause of one row is filled up with rows of a longer one."""
+    with jax.enable_x64(True):
+        clauses = jnp.array([[[True, False]], [[True, True]]])
+        matrix = jnp.broadcast_to(jnp.array([[1.0, 0.0], [0.0, 1.0]]), (2, 2, 2))
+        question = SimpleNamespace(clauses=clauses, matrix=matrix, offset=jnp.ones((2, 2)))
+        boxes = {"y": Box(jnp.zeros((2, 2)), jnp.ones((2, 2)))}
+        walk = SimpleNamespace(dtype=jnp.float64, output="y", boxes=boxes)
+        some: Any = SimpleNamespace(question=question, walk=walk)
+        spec = activations.Pass.spec(some, jnp.array([[0.25, 0.75], [0.25, 0.75]]))
+    assert spec.matrix.tolist() == [[[0.25, 0.0]], [[0.25, 0.75]]]
+    assert np.allclose(spec.offset, [[0.25], [1.0]], rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
 def test_rows_of_other_clauses_prove_nothing():
     """A clause of one row was filled up with rows of a longer one, which then took part."""
     row = [Spec(jnp.eye(3)[i : i + 1], jnp.zeros(1)) for i in range(3)]
@@ -91,7 +107,8 @@ def test_all_rows_must_hold():
 
 
 @pytest.mark.parametrize(
-    ("ball", "split_inputs"), [(L2Ball, True), (L2Ball, False), (L1Ball, True)]
+    ("ball", "split_inputs"),
+    [(L2Ball, True), (L2Ball, False), pytest.param(L1Ball, True, marks=pytest.mark.slow)],
 )
 def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     """f = |x_0| + |x_1| + x_0 over balls around (1, 1)."""
