@@ -23,9 +23,9 @@ TINY = 2.0**-1022
 # XLA may turn a division by a constant into a product with its reciprocal (1.4 units seen).
 ARITHMETIC = 4
 UNITS = {
-    "sqrt": 4, "rsqrt": 8, "cbrt": 32, "exp": 8, "exp2": 4096, "expm1": 16, "log": 8, "log1p": 4096,
-    "tanh": 32, "logistic": 16, "erf": 16, "erfc": 4096, "erf_inv": 2**23, "sin": 8, "cos": 8,
-    "sinh": 4096, "cosh": 4096, "asinh": 16, "atan": 16, "pow": 16,
+    "sqrt": 4, "rsqrt": 8, "cbrt": 512, "exp": 8, "exp2": 4096, "expm1": 16, "log": 8,
+    "log1p": 4096, "tanh": 32, "logistic": 16, "erf": 16, "erfc": 4096, "erf_inv": 2**23,
+    "sin": 8, "cos": 8, "sinh": 4096, "cosh": 4096, "asinh": 16, "atan": 16, "pow": 16,
 }  # fmt: skip
 
 
