@@ -64,7 +64,8 @@ class Traceable:
         """
         with jax.enable_x64(self.mode):
             outputs = np.asarray(_outputs(self, arrays, region), np.float64)
-        apart = np.abs(outputs - outputs[0])
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(outputs - outputs[0])
         if (apart > 1e-3 * np.max(np.abs(outputs[0]), initial=0.0)).any():
             raise MixedRows(
                 "the model's outputs for an input depend on its place in the batch or on the size "

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxcert.bounds.interpreter import RULES
 from jaxcert.bounds.planes import PLANES
-from jaxcert.certificate import Reason, Verdict
+from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.by_activations import by_activations
 from jaxcert.exact.by_inputs import FEW_INPUTS, by_inputs
 from jaxcert.exact.call import Call
@@ -101,6 +101,7 @@ def decide(
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, padded(asked))))
         none = np.zeros(n, np.int32)
         outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
+        outcome.settle(~np.asarray(asked.clauses).any((1, 2)), Status.VERIFIED)  # nothing is asked
         call = Call(model, arrays, asked, outcome, clock, key)
         first = jax.tree.map(lambda a: np.asarray(a)[:1], asked.region)
         model.require_alone_as_among_others(arrays, first)

@@ -121,6 +121,14 @@ def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     assert np.linalg.norm(delta, ord=ball.norm) <= 0.5
 
 
+@pytest.mark.parametrize("split_inputs", [True, False])
+def test_a_property_without_rows_holds(split_inputs):
+    spec = Spec(jnp.zeros((0, 1)), jnp.zeros(0))
+    region = Box(jnp.zeros((2, 2)), jnp.array([[1.0, 1.0], [jnp.inf, 1.0]]))
+    verdict = verify(_sizes, region, spec, split_inputs=split_inputs, budget=BUDGET)
+    assert verdict.status.tolist() == [Status.VERIFIED] * 2
+
+
 @pytest.mark.parametrize("ball", [LinfBall, L2Ball, L1Ball])
 def test_counterexamples_in_narrow_balls_lie_inside(ball):
     """Rounding to the nearest float32 led out of balls of a few of their steps."""
