@@ -56,8 +56,8 @@ class Traceable:
         return 1 if one.alike(two) else 2
 
     def require_alone_as_among_others(self, arrays: Any, region: InputSet) -> None:
-        """Refuse a model that gives the same input, the middle of one set, other outputs in another
-        place of a batch or in a batch of another size: sub-domains come in all of them.
+        """Refuse a model that gives the same input, from the middle of one set, other outputs in
+        another place of a batch or in a batch of another size: sub-domains come in all of them.
 
         Raises:
           MixedRows: it does.
@@ -114,7 +114,10 @@ class Traceable:
 def _outputs(model: Traceable, arrays: Any, region: InputSet) -> Array:
     """Of the middle of one set in each place of batches of 1, 2 and 64, (67, ...)."""
     f, box = model.structure.build(arrays), bounding_box(region)
-    x = (box.lower / 2 + box.upper / 2).astype(model.dtype)
+    ends = jnp.stack([box.lower, box.upper])
+    known = jnp.isfinite(ends)  # the middle between an end and infinity is the end; without ends, 0
+    x = jnp.sum(jnp.where(known, ends / jnp.maximum(jnp.sum(known, 0), 1), 0.0), 0)
+    x = x.astype(model.dtype)
     return jnp.concatenate([f(jnp.broadcast_to(x, (n, *model.shape))) for n in (1, 2, 64)])
 
 

@@ -15,9 +15,12 @@ from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, MixedRows, Reason, Spec, Status
 from jaxcert.exact import Budget, activations, verify
+from jaxcert.exact.by_inputs import affordable
 from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
+from jaxcert.exact.model import Traceable
 from jaxcert.exact.outcome import Clock, Outcome, Stuck
+from jaxcert.model import split
 from jaxcert.sets import contains
 
 BUDGET = Budget(seconds=600, domains=20_000)
@@ -149,8 +152,25 @@ def test_counterexamples_in_narrow_balls_lie_inside(ball):
     ids=["alone", "by place", "many"],
 )
 def test_models_that_look_at_the_batch_are_refused(f):
-    with pytest.raises(MixedRows, match="place in the batch or on the size"):
-        verify(f, LinfBall(jnp.zeros((1, 1)), 0.5), Spec(jnp.eye(1), 0.0), budget=BUDGET)
+    """Also where a set has no middle."""
+    for end in (0.5, jnp.inf):
+        region = Box(jnp.full((1, 1), -0.5), jnp.full((1, 1), end))
+        with pytest.raises(MixedRows, match="place in the batch or on the size"):
+            verify(f, region, Spec(jnp.eye(1), 0.0), budget=BUDGET)
+
+
+@pytest.mark.parametrize(("width", "most"), [(4, 32), (1024, 8), (2048, 2)])
+def test_fewer_boxes_at_a_time_where_each_costs_more(width, most):
+    weights = jnp.zeros((2, width)), jnp.zeros((width, width)), jnp.zeros((width, 1))
+
+    def f(x):
+        first, second, last = weights
+        return jnp.maximum(jnp.maximum(x @ first, 0) @ second, 0) @ last
+
+    arrays, structure = split(f)
+    model = Traceable(structure, (2,), np.dtype("f"), False, ())
+    with jax.enable_x64(True):
+        assert affordable(model, arrays) == most
 
 
 def _sizes(x):
