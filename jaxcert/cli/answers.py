@@ -7,6 +7,7 @@ property is violated. `timeout` and `unknown`: no answer, with the reason.
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,12 +53,14 @@ class Answer:
       reason: why there is no answer; empty where there is one.
       example: the counterexample of `sat`.
       domains: sub-domains that were bounded.
+      spent: seconds by what was done (`Outcome.spent`).
     """
 
     verdict: str
     reason: str = ""
     example: Example | None = None
     domains: int = 0
+    spent: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
 
     def text(self) -> str:
         """The lines that VNN-COMP reads: the verdict, after `sat` the counterexample."""
@@ -113,7 +116,12 @@ def answer(
 def _answer(
     model: OnnxModel, problem: Problem, until: float, seed: int, report: Report | None
 ) -> Answer:
-    reasons, domains = [], 0
+    reasons: list[str] = []
+    domains, spent = 0, dict[str, float]()
+
+    def ended(verdict: str, reason: str = "", example: Example | None = None) -> Answer:
+        return Answer(verdict, reason, example, domains, spent)
+
     for case in problem.cases:
         outcome = decide(
             model,
@@ -124,19 +132,21 @@ def _answer(
             report=report,
         )
         domains += outcome.visited
+        for name, seconds in outcome.spent.items():
+            spent[name] = spent.get(name, 0.0) + seconds
         status, reason = Status(outcome.status[0]), Reason(outcome.reason[0])
         if status == Status.FALSIFIED:
             example, refusal = replay(model, case, outcome.example[0])
             if example is not None:
-                return Answer(SAT, example=example, domains=domains)
+                return ended(SAT, example=example)
             reasons.append(refusal)
         elif reason == Reason.TIME:
-            return Answer(TIMEOUT, MESSAGES[reason], domains=domains)
+            return ended(TIMEOUT, MESSAGES[reason])
         elif status != Status.VERIFIED:
             reasons.append(MESSAGES[reason])
     if reasons:
-        return Answer(UNKNOWN, reasons[0], domains=domains)
-    return Answer(UNSAT, domains=domains)
+        return ended(UNKNOWN, reasons[0])
+    return ended(UNSAT)
 
 
 def region(case: Case, shape: tuple[int, ...]) -> AnySet:

@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcert.exact import activations, leaves, search, tightening
-from jaxcert.exact.activations import Domains, Ranges
+from jaxcert.exact import branching, leaves, ranges, search, tightening
+from jaxcert.exact.beta_crown import Pass
 from jaxcert.exact.call import Call
+from jaxcert.exact.domains import Domains
 from jaxcert.exact.outcome import Stuck
 from jaxcert.exact.question import each_clause, rounded
+from jaxcert.exact.ranges import Ranges
 from jaxcert.exact.tightening import Targets
 
-OPTIONS = activations.Options()
+OPTIONS = branching.Options()
 AT_A_TIME = 16  # sub-domains
 SPLITS = 15  # of either end of a hidden value's range
 LEAST_DECIDED = 256  # values of each hidden variable get slopes of their own
@@ -76,20 +78,24 @@ class _Hidden:
     def ranges(self) -> Ranges:
         n = max(len(self.call.outcome.status), self.least)
         region = _repeated(self.call.asked.region, n)
-        return _ranged(self.call.model, self.call.arrays, region, n)
+        with self.call.outcome.spending("ranges"):
+            return jax.block_until_ready(_ranged(self.call.model, self.call.arrays, region, n))
 
     def with_slopes(self, known: Ranges, rounds: int) -> Ranges:
         region, times = _repeated(self.call.asked.region, len(known.lower)), np.int32(rounds)
         model, arrays = self.call.model, self.call.arrays
-        return _sloped(model, LEAST_DECIDED, arrays, region, known, times)
+        with self.call.outcome.spending("ranges"):
+            found = _sloped(model, LEAST_DECIDED, arrays, region, known, times)
+            return jax.block_until_ready(found)
 
     def beginnings(self, known: Ranges) -> Domains:
         """The whole set as a sub-domain for each clause; those that are proved wait no longer. Then
         another attack on the others."""
         ends: Any = [np.asarray(end)[self.owner] for end in (known.lower, known.upper)]
         known = dataclasses.replace(known, lower=ends[0], upper=ends[1])
-        domains = _beginnings(self.call.model, OPTIONS, self.call.arrays, self.asked, known)
-        self.waiting &= ~(np.asarray(domains.bound) > 0)
+        with self.call.outcome.spending("search"):
+            domains = _beginnings(self.call.model, OPTIONS, self.call.arrays, self.asked, known)
+            self.waiting &= ~(np.asarray(domains.bound) > 0)
         self.call.settle_proved(self.owner, self.waiting)
         if not self.done:
             self.call.attack(rounds=8, share=0.15)
@@ -172,9 +178,10 @@ class _Hidden:
         call = self.call
         asked = jax.tree.map(lambda a: np.asarray(a)[part.owner], call.asked)
         start = tightening.beginning(known, part, like)
-        values = _split_ranges(
-            call.model, OPTIONS, SPLITS, call.arrays, asked, part.place, part.sign, start
-        )
+        with call.outcome.spending("ranges"):
+            options = OPTIONS, SPLITS, call.arrays
+            values = _split_ranges(call.model, *options, asked, part.place, part.sign, start)
+            values = jax.block_until_ready(values)
         call.outcome.visited += SPLITS * len(part)
         call.clock.report(call.outcome, int(self.waiting.sum()))
         return tightening.entered(known, part, values)
@@ -190,24 +197,24 @@ def _repeated(tree: Any, n: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _block(model, options, k, arrays, asked, state, steps):
-    expand = functools.partial(activations.expansion, model, options, arrays, asked)
+    expand = functools.partial(branching.expansion, model, options, arrays, asked)
     return search.block(expand, k, state, steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _ranged(model, arrays, region, n):
-    return activations.ranges(model, arrays, region, n)
+    return ranges.ranges(model, arrays, region, n)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sloped(model, count, arrays, region, known, rounds):
-    return activations.with_slopes(model, arrays, region, known, count, rounds)
+    return ranges.with_slopes(model, arrays, region, known, count, rounds)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gains(model, arrays, question, domains):
-    some = activations.Pass(model, arrays, question, domains)
-    return activations.gaps(some, domains.multipliers)[0]
+    some = Pass(model, arrays, question, domains)
+    return branching.gaps(some, domains.multipliers)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -217,4 +224,4 @@ def _split_ranges(model, options, splits, arrays, question, place, sign, start):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _beginnings(model, options, arrays, asked, known):
-    return activations.beginning(model, options, arrays, asked, known, 20)
+    return ranges.beginning(model, options, arrays, asked, known, 20)

@@ -37,9 +37,9 @@ class Call:
         self.outcome, self.clock, self._key = outcome, clock, key
         self.rate = 0.0
 
-    def tighten(self) -> None:
+    def cut_boxes(self) -> None:
         """Take from the sets' boxes what their cuts cut off; of what is empty, all is true."""
-        box, empty = _tightened(self.model.dtype, self.asked)
+        box, empty = _cut_boxes(self.model.dtype, self.asked)
         self.asked = dataclasses.replace(self.asked, region=box)
         self.outcome.settle(empty, Status.VERIFIED)
 
@@ -49,10 +49,12 @@ class Call:
         began = self.clock.seconds
         for _ in range(rounds):
             self._key, now = jax.random.split(self._key)
-            broken, example = _attacked(
-                self.model, RESTARTS, self.arrays, self.asked, jax.random.key_data(now)
-            )
-            self.outcome.falsify(broken, example)
+            with self.outcome.spending("attack"):
+                self.outcome.falsify(
+                    *_attacked(
+                        self.model, RESTARTS, self.arrays, self.asked, jax.random.key_data(now)
+                    )
+                )
             if not self.outcome.open.any() or self.clock.seconds > (1 + share) * began:
                 return
 
@@ -86,8 +88,9 @@ class Call:
         while True:
             began = time.perf_counter()
             before = int(pool.stack.visited)
-            pool.stack = block(pool.stack, jnp.asarray(steps, jnp.int32))
-            self.outcome.visited += int(pool.stack.visited) - before
+            with self.outcome.spending("search"):
+                pool.stack = block(pool.stack, jnp.asarray(steps, jnp.int32))
+                self.outcome.visited += int(pool.stack.visited) - before
             broken, example = np.asarray(pool.stack.broken), np.asarray(pool.stack.example)
             for i in np.flatnonzero(broken):
                 self._falsify(owner[i], example[i])
@@ -127,7 +130,8 @@ class Call:
                 reason = Reason.NUMERICS if settle is None else Reason.TIME
                 stuck.note(owner[i], i, reason)
                 continue
-            done: leaves.Settled = settle(leaf, i)
+            with self.outcome.spending("leaves"):
+                done: leaves.Settled = settle(leaf, i)
             if done.example is not None:
                 self._falsify(owner[i], done.example)
             elif done.reason != Reason.NONE:
@@ -171,5 +175,5 @@ def _attacked(model: Traceable, restarts: int, arrays: Any, asked: Question, key
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _tightened(dtype: Any, asked: Question) -> tuple[Box, Array]:
-    return inputs.tightened(asked, dtype)
+def _cut_boxes(dtype: Any, asked: Question) -> tuple[Box, Array]:
+    return inputs.cut_boxes(asked, dtype)

@@ -266,7 +266,7 @@ def _held(below: Below, cuts: Below, lower: Array, upper: Array) -> Below:
     return Below(matrix, offset, below.centre, jnp.full_like(offset, -jnp.inf))
 
 
-def tightened(question: Question, dtype: Any) -> tuple[Box, Array]:
+def cut_boxes(question: Question, dtype: Any) -> tuple[Box, Array]:
     """What the cuts leave of the sets' boxes, between numbers of the inputs' type where the boxes
     are, and which sets are seen to be empty, (n,)."""
     box = bounding_box(question.region)

@@ -3,7 +3,7 @@
 Where the sign of every kink is decided, the model is affine in the input, and whether a clause
 holds there is a convex program: the least t >= row_i(x) with x in the set, its cuts at most 0 and
 each hidden value that was cut in its range. `programs.py` solves it to some tolerance, so that its
-answer decides nothing: its multipliers become those of the linear bound (`activations.py`), which
+answer decides nothing: its multipliers become those of the linear bound (`beta_crown.py`), which
 is evaluated with rounding counted, and its minimiser is tried as a counterexample.
 """
 
@@ -18,7 +18,8 @@ import numpy as np
 from jaxcert.bounds.concretise import box_of
 from jaxcert.bounds.walk import Walk
 from jaxcert.certificate import Reason
-from jaxcert.exact.activations import Domains, Multipliers, Pass, box_at
+from jaxcert.exact.beta_crown import Pass
+from jaxcert.exact.domains import Domains, Multipliers, box_at
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.programs import Program, Solution, solved
 from jaxcert.exact.question import Question

@@ -13,10 +13,37 @@ from jaxcert.bounds.expand import expand
 from jaxcert.bounds.interval import interval_bounds
 from jaxcert.errors import MixedRows
 from jaxcert.exact.outline import outline, require_alike
-from jaxcert.exact.question import Question, rows_at, shortfall
-from jaxcert.model import Structure, as_float64
-from jaxcert.sets import Array, Box, InputSet, bounding_box, contains, per_example, project
+from jaxcert.exact.question import Question, one_by_one, question, rows_at, shortfall
+from jaxcert.model import Model, Structure, as_float64, output_shape, split, uses_float64
+from jaxcert.sets import (
+    AnySet,
+    Array,
+    Box,
+    InputSet,
+    bounding_box,
+    checked,
+    contains,
+    like,
+    per_example,
+    project,
+)
+from jaxcert.specs import Property
 from jaxcert.tracing import Traced, trace_float64
+
+
+def posed(
+    f: Model, region: AnySet, prop: Property, rules: tuple[Any, ...] = ()
+) -> "tuple[Traceable, Any, Question]":
+    """What a call is about, checked: the model, its arrays, and the questions, one for each set."""
+    mode, x = uses_float64(), like(region)
+    x = jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
+    with jax.enable_x64(True):
+        region = checked(region)
+        arrays, structure = split(f, x)
+    n, k = output_shape(structure, arrays, x).shape
+    model = Traceable(structure, x.shape[1:], x.dtype, mode, rules)
+    with jax.enable_x64(True):
+        return model, arrays, question(one_by_one(region), prop, n, k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +73,7 @@ class Traceable:
         traced to other equations, as axes of size 1 may be.
 
         Here the contents of weights are known. Where a search is compiled they are not, and only
-        equations and sizes can be compared (`activations.Pass`); so two and many are compared here.
+        equations and sizes can be compared (`beta_crown.Pass`); so two and many are compared here.
 
         Raises:
           UnsupportedEquation: the graph is another one for many.
@@ -124,19 +151,19 @@ def _outputs(model: Traceable, arrays: Any, region: InputSet) -> Array:
 def placed(question: Question, points: Array, dtype: Any) -> Array:
     """Points near others that the input's type represents, if there are such in the sets.
 
-    In a ball they are rounded towards its centre, which does not lead out of it. Where there are
+    In balls and boxes they are rounded towards the centre, which does not lead out. Where there are
     cuts, inputs that rounding would move out of the box become ends of it. Points are projected on
     the set and drawn inside, by more than rounding; what does not surely satisfy the cuts then, as
     in a set without interior, stays where it was projected.
     """
     region, cuts = question.region, question.cuts
     if not isinstance(region, Box):  # off the surface, where rounding matters
-        points = region.x + (1 - 2.0**-20) * (points - region.x)
+        points = region.x + (1 - 2.0**-34) * (points - region.x)
     if not cuts.count:
+        centre = region.lower / 2 + region.upper / 2 if isinstance(region, Box) else region.x
         near = points.astype(dtype)
-        if not isinstance(region, Box):
-            beyond = jnp.abs(near - region.x) > jnp.abs(points - region.x)
-            near = jnp.where(beyond, jnp.nextafter(near, region.x.astype(dtype)), near)
+        beyond = jnp.abs(near - centre) > jnp.abs(points - centre)
+        near = jnp.where(beyond, jnp.nextafter(near, centre.astype(dtype)), near)
         rounded = near.astype(points.dtype)
         fits = per_example(surely_in(question, rounded), points)
         return jnp.where(fits, rounded, points)

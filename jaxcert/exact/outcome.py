@@ -1,8 +1,9 @@
 """What is known about the sets of one call, and what the call may still spend."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -47,12 +48,22 @@ class Outcome:
       status, reason: (n,) as in a `Verdict`.
       example: counterexamples (n, *input) in float64.
       visited: sub-domains that were bounded.
+      spent: seconds on attacks, ranges of hidden values, the search's steps and leaves, including
+        what was compiled for them.
     """
 
     status: np.ndarray
     reason: np.ndarray
     example: np.ndarray
     visited: int = 0
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Count the seconds of a stretch at whose end all results are there."""
+        began = time.perf_counter()
+        yield
+        self.spent[on] = self.spent.get(on, 0.0) + time.perf_counter() - began
 
     @property
     def open(self) -> np.ndarray:

@@ -14,18 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcert.exact.activations import (
-    Candidates,
-    Domains,
-    Multipliers,
-    Options,
-    Pass,
-    Ranges,
-    split,
-)
+from jaxcert.exact.beta_crown import Pass
+from jaxcert.exact.branching import Options, split
+from jaxcert.exact.domains import Candidates, Domains, Multipliers
 from jaxcert.exact.inputs import first
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import Question
+from jaxcert.exact.ranges import Ranges
 from jaxcert.floats import rounded_down, rounded_up
 from jaxcert.sets import Array
 

@@ -12,12 +12,12 @@ from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.by_activations import by_activations
 from jaxcert.exact.by_inputs import FEW_INPUTS, by_inputs
 from jaxcert.exact.call import Call
-from jaxcert.exact.model import Traceable
+from jaxcert.exact.model import posed
 from jaxcert.exact.outcome import Budget, Clock, Outcome, Report
-from jaxcert.exact.question import one_by_one, padded, question
+from jaxcert.exact.question import padded
 from jaxcert.floats import ieee_float64
-from jaxcert.model import Model, output_shape, split, uses_float64
-from jaxcert.sets import AnySet, Array, checked, like
+from jaxcert.model import Model
+from jaxcert.sets import AnySet, Array, like
 from jaxcert.specs import Property
 
 
@@ -87,27 +87,21 @@ def decide(
     report: Report | None = None,
 ) -> Outcome:
     """As `verify`, with the counterexamples in float64 and the number of sub-domains."""
-    clock, mode, dtype = Clock(budget, report), uses_float64(), _own_dtype(region)
-    key = jax.random.key(0) if key is None else key
+    clock, key = Clock(budget, report), jax.random.key(0) if key is None else key
+    model, arrays, asked = posed(f, region, prop, (*RULES.items(), *PLANES.items()))
+    n = len(asked.offset)
     with jax.enable_x64(True):
-        region = checked(region)
-        x = jax.ShapeDtypeStruct(like(region).shape, dtype)
-        arrays, structure = split(f, x)
-    n, shape = x.shape[0], x.shape[1:]
-    k = output_shape(structure, arrays, x).shape[1]
-    model = Traceable(structure, shape, dtype, mode, (*RULES.items(), *PLANES.items()))
-    with jax.enable_x64(True):
-        asked = question(one_by_one(region), prop, n, k)
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, padded(asked))))
         none = np.zeros(n, np.int32)
-        outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *shape)))
+        outcome = Outcome(none, np.full(n, Reason.TIME, np.int32), np.zeros((n, *model.shape)))
         outcome.settle(~np.asarray(asked.clauses).any((1, 2)), Status.VERIFIED)  # nothing is asked
         call = Call(model, arrays, asked, outcome, clock, key)
         first = jax.tree.map(lambda a: np.asarray(a)[:1], asked.region)
         model.require_alone_as_among_others(arrays, first)
         if asked.cuts.count:
-            call.tighten()
-        call.attack()
+            call.cut_boxes()
+        if outcome.open.any():
+            call.attack()
         varying = call.varying()
         few = len(varying) <= FEW_INPUTS if split_inputs is None else split_inputs
         if outcome.open.any():

@@ -11,11 +11,10 @@ import numpy as np
 from jaxcert.bounds.concretise import box_of
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact import inputs, search
-from jaxcert.exact.model import Traceable
-from jaxcert.exact.question import one_by_one, question
+from jaxcert.exact.model import posed
 from jaxcert.floats import ieee_float64
-from jaxcert.model import Model, output_shape, split, uses_float64
-from jaxcert.sets import Array, InputSet, Polytope, checked, like
+from jaxcert.model import Model
+from jaxcert.sets import Array, InputSet, Polytope
 from jaxcert.specs import Property
 
 
@@ -65,20 +64,14 @@ def decide_within(
     """
     if isinstance(region, Polytope):
         raise TypeError("linear inequalities are looked at on the host: use exact.verify")
-    mode, x = uses_float64(), like(region)
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    model, arrays, asked = posed(f, region, prop)
     with jax.enable_x64(True):
-        region = checked(region)
-        arrays, structure = split(f)
-        k = output_shape(structure, arrays, jax.ShapeDtypeStruct(x.shape, dtype)).shape[1]
-        model = Traceable(structure, x.shape[1:], dtype, mode, ())
-        asked = question(one_by_one(region), prop, x.shape[0], k)
         arrays, asked = ieee_float64((arrays, jax.tree.map(jnp.asarray, asked)))
         places = inputs.Places(model.shape, np.arange(math.prod(model.shape)))
         expand = functools.partial(inputs.expansion, model, places, arrays, asked)
         state = search.block(expand, batch, _start(asked.region, batch, capacity), steps)
         status, reason = _answers(state, batch)
-        return Verdict(status, reason, state.example.astype(dtype))
+        return Verdict(status, reason, state.example.astype(model.dtype))
 
 
 def _start(region: Any, batch: int, capacity: int) -> search.Stack:

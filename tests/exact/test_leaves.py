@@ -10,8 +10,8 @@ from nets import net
 from planar import least_value
 
 from jaxcert import Box, L1Ball, L2Ball, Reason, Spec
-from jaxcert.exact import leaves
-from jaxcert.exact.activations import Candidates, Domains, Multipliers, ranges
+from jaxcert.exact import leaves, ranges
+from jaxcert.exact.domains import Candidates, Domains, Multipliers
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import one_by_one, question
 from jaxcert.model import split
@@ -72,7 +72,7 @@ def leaf(signs, layout):
 def layout_of(model, arrays):
     """The layout of a model's hidden values."""
     box = Box(jnp.zeros((1, 2)), jnp.ones((1, 2)))
-    return jax.jit(lambda a: ranges(model, a, box, 1))(arrays).layout
+    return jax.jit(lambda a: ranges.ranges(model, a, box, 1))(arrays).layout
 
 
 def asked_about(f, region, row, offset):

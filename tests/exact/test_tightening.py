@@ -9,14 +9,15 @@ from nets import net, random_weights
 
 from jaxcert import Box, LinfBall, Reason, Spec, Status
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.exact import Budget, activations, tightening, verify
+from jaxcert.exact import Budget, ranges, tightening, verify
+from jaxcert.exact.branching import Options
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.outline import outline
 from jaxcert.exact.question import question
 from jaxcert.model import split
 
 ENDS = np.array([[-1.0, -0.5]]), np.array([[0.5, 1.0]])
-OPTIONS = activations.Options()
+OPTIONS = Options()
 
 
 def ranges_of(f, splits):
@@ -26,8 +27,8 @@ def ranges_of(f, splits):
         model = Traceable(structure, (2,), jnp.dtype("float32"), False, ())
         box = Box(*map(jnp.asarray, ENDS))
         asked = question(box, Spec(np.eye(3)[:1], np.zeros(1)), 1, 3)
-        known = jax.jit(lambda a: activations.ranges(model, a, box, 1))(arrays)
-        start = jax.jit(lambda a, k: activations.beginning(model, OPTIONS, a, asked, k, 0))
+        known = jax.jit(lambda a: ranges.ranges(model, a, box, 1))(arrays)
+        start = jax.jit(lambda a, k: ranges.beginning(model, OPTIONS, a, asked, k, 0))
         like = start(arrays, known)
         before, owner, gains = known, np.zeros(1, int), np.ones_like(known.lower)
         (targets,) = [t for t in tightening.targets(known, owner, gains) if len(t)]
@@ -94,10 +95,8 @@ def test_slopes_of_all_layers_in_one_pass():
         arrays, structure = split(f, jnp.zeros((1, 4), jnp.float32))
         model = Traceable(structure, (4,), jnp.dtype("float32"), False, ())
         box = Box(jnp.asarray(centre - 0.5), jnp.asarray(centre + 0.5))
-        before = jax.jit(lambda a: activations.ranges(model, a, box, 1))(arrays)
-        after = jax.jit(lambda a, k: activations.with_slopes(model, a, box, k, 64, 2))(
-            arrays, before
-        )
+        before = jax.jit(lambda a: ranges.ranges(model, a, box, 1))(arrays)
+        after = jax.jit(lambda a, k: ranges.with_slopes(model, a, box, k, 64, 2))(arrays, before)
     assert before.layout.sizes == (6, 6, 6, 6)
     points = centre + rng.uniform(-0.5, 0.5, (20_000, 4))
     values = np.concatenate(residual_values([np.float64(w) for w in weights], points), 1)

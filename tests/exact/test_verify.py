@@ -1,6 +1,7 @@
 """The search against enumeration of all activation patterns, and where it must give up."""
 
 import functools
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, MixedRows, Reason, Spec, Status
-from jaxcert.exact import Budget, activations, verify
+from jaxcert.exact import Budget, verify
+from jaxcert.exact.beta_crown import Pass
 from jaxcert.exact.by_inputs import affordable
 from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
 from jaxcert.exact.model import Traceable
 from jaxcert.exact.outcome import Clock, Outcome, Stuck
+from jaxcert.exact.verify import decide
 from jaxcert.model import split
 from jaxcert.sets import contains
 
@@ -79,7 +82,7 @@ def test_rows_of_other_clauses_have_no_weight():
         boxes = {"y": Box(jnp.zeros((2, 2)), jnp.ones((2, 2)))}
         walk = SimpleNamespace(dtype=jnp.float64, output="y", boxes=boxes)
         some: Any = SimpleNamespace(question=question, walk=walk)
-        spec = activations.Pass.spec(some, jnp.array([[0.25, 0.75], [0.25, 0.75]]))
+        spec = Pass.spec(some, jnp.array([[0.25, 0.75], [0.25, 0.75]]))
     assert spec.matrix.tolist() == [[[0.25, 0.0]], [[0.25, 0.75]]]
     assert np.allclose(spec.offset, [[0.25], [1.0]], rtol=1e-12, atol=0)
 
@@ -183,6 +186,14 @@ def test_one_relu_is_decided_up_to_rounding():
     spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-6], [0.0], [-1e-6]]))
     verdict = verify(f, region, spec, split_inputs=False, budget=BUDGET)
     assert verdict.status.tolist() == [Status.VERIFIED, Status.FALSIFIED, Status.FALSIFIED]
+
+
+def test_where_the_time_went_is_told():
+    region, began = LinfBall(jnp.zeros((3, 1)), 1.0), time.perf_counter()
+    spec = Spec(jnp.ones((1, 1)), jnp.array([[1e-6], [0.0], [-1e-6]]))
+    outcome = decide(_one_relu, region, spec, split_inputs=False, budget=BUDGET)
+    assert {*outcome.spent} >= {"attack", "ranges", "search"}
+    assert 0 < sum(outcome.spent.values()) < time.perf_counter() - began
 
 
 def _one_relu(x):
