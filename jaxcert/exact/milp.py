@@ -20,7 +20,7 @@ import numpy as np
 from jaxcert.bounds.linear import Hidden, bounder, crown
 from jaxcert.certificate import Reason, Status, Verdict
 from jaxcert.exact.big_m import TOLERANCE, Linear, Program, encoded
-from jaxcert.exact.model import Traceable, posed, surely_in
+from jaxcert.exact.model import Traceable, placed, posed, surely_in
 from jaxcert.exact.question import Question
 from jaxcert.floats import ieee_float64
 from jaxcert.model import Model, is_traced
@@ -197,8 +197,8 @@ class _Task:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tried(model: Traceable, arrays: Any, asked: Question, x: Any) -> tuple[Any, Any]:
-    inside = project(asked.whole, x)
-    point, _, worst = model.tried(arrays, asked, inside, jnp.zeros(1, jnp.int32))
+    point = placed(asked, project(asked.whole, x), model.dtype)
     near = point.astype(model.dtype)
-    exact = jnp.all(near.astype(point.dtype) == point)
-    return near, jnp.where(exact & surely_in(asked, point), worst, jnp.inf)
+    fits = jnp.all(near.astype(point.dtype) == point) & surely_in(asked, point)
+    worst = model.replayed(arrays, asked, point)
+    return near, jnp.where(fits & (worst <= jnp.inf), worst, jnp.inf)

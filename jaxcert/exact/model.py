@@ -14,6 +14,7 @@ from jaxcert.bounds.interval import interval_bounds
 from jaxcert.errors import MixedRows
 from jaxcert.exact.outline import outline, require_alike
 from jaxcert.exact.question import Question, one_by_one, question, rows_at, shortfall
+from jaxcert.exact.quick import quick
 from jaxcert.model import Model, Structure, as_float64, output_shape, split, uses_float64
 from jaxcert.sets import (
     AnySet,
@@ -102,39 +103,55 @@ class Traceable:
     def objective(self, arrays: Any, question: Question) -> Objective:
         """What an attack makes small: how far point i is from breaking a clause of question i."""
 
-        def at(points: Array) -> Array:
-            with jax.enable_x64(self.mode):
-                outputs = self.structure.build(arrays)(points.astype(self.dtype))
-            outputs = outputs.astype(jnp.float64)
-            rows = rows_at(question, outputs, jnp.arange(len(points)))
-            return jnp.min(shortfall(rows, question.clauses), 1)
+        return lambda points: self._about(arrays, question, points)[0]
 
-        return at
+    def _about(self, arrays: Any, question: Question, points: Array) -> tuple[Array, Array]:
+        """About how far point i is from breaking question i, and the sizes of what that sums."""
+        with jax.enable_x64(self.mode):
+            outputs = quick(self.structure.build(arrays), points.astype(self.dtype))
+        outputs, index = outputs.astype(jnp.float64), jnp.arange(len(points))
+        rows = rows_at(question, outputs, index)
+        sizes = dataclasses.replace(
+            question, matrix=jnp.abs(question.matrix), offset=jnp.abs(question.offset)
+        )
+        size = jnp.max(rows_at(sizes, jnp.abs(outputs), index), 1, initial=0.0)
+        return jnp.min(shortfall(rows, question.clauses), 1, initial=jnp.inf), size
 
     def tried(
         self, arrays: Any, question: Question, points: Array, owner: Array
     ) -> tuple[Array, Array, Array]:
         """Points as close by as the input's type allows, where the model breaks the property there,
-        in its own arithmetic as well as in float64, and how far it is from it, (p,)."""
+        in its own arithmetic as well as in float64, and about how far it is from it, (p,)."""
         mine = jax.tree.map(lambda a: a[owner], question)
         points = placed(mine, points, self.dtype)
+        about, size = self._about(arrays, mine, points)
+        # Few points are near enough for rounding to matter: these are looked at more closely.
+        worst = jax.lax.cond(
+            jnp.any(~(about > 2.0**-10 * size)),
+            lambda: self.replayed(arrays, mine, points),
+            lambda: about,
+        )
+        broken = (worst <= 0) & surely_in(mine, points)
+        return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
+
+    def replayed(self, arrays: Any, question: Question, points: Array) -> Array:
+        """How far the model is from breaking the property at one point of each question, (p,), in
+        its own arithmetic or in float64, whichever is further."""
 
         def at(arrays: Any, x: Array, mode: bool) -> Array:
             with jax.enable_x64(mode):
                 outputs = self.structure.build(arrays)(x)
-            rows = rows_at(mine, outputs.astype(jnp.float64), jnp.arange(len(x)))
-            return jnp.min(shortfall(rows, mine.clauses), 1)
+            rows = rows_at(question, outputs.astype(jnp.float64), jnp.arange(len(x)))
+            return jnp.min(shortfall(rows, question.clauses), 1)
 
         own = at(arrays, points.astype(self.dtype), self.mode)
         try:
             wide = at(as_float64(arrays), points, True)
         except TypeError:  # the model closes over float32 arrays, which some operations insist on
             graph, rows = self.trace(arrays, len(points))
-            box = interval_bounds(graph, rows, Box(points, points), mine.rows, True)
-            wide = jnp.min(shortfall(box.upper, mine.clauses), 1)
-        worst = jnp.maximum(own, wide)
-        broken = (worst <= 0) & surely_in(mine, points)
-        return points, broken, jnp.where(jnp.isnan(worst), jnp.inf, worst)
+            box = interval_bounds(graph, rows, Box(points, points), question.rows, True)
+            wide = jnp.min(shortfall(box.upper, question.clauses), 1)
+        return jnp.maximum(own, wide)
 
 
 @functools.partial(jax.jit, static_argnums=0)
