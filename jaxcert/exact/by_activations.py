@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcert.exact import branching, leaves, ranges, search, tightening
+from jaxcert.exact import branching, cost, leaves, ranges, search, tightening
 from jaxcert.exact.beta_crown import Pass
 from jaxcert.exact.call import Call
 from jaxcert.exact.domains import Domains
@@ -18,7 +18,8 @@ from jaxcert.exact.ranges import Ranges
 from jaxcert.exact.tightening import Targets
 
 OPTIONS = branching.Options()
-AT_A_TIME = 16  # sub-domains
+AT_A_TIME = 16  # sub-domains, at most
+ROWS = 600  # as many as it takes the time of to split a sub-domain, measured on residual nets
 SPLITS = 15  # of either end of a hidden value's range
 LEAST_DECIDED = 256  # values of each hidden variable get slopes of their own
 
@@ -109,7 +110,7 @@ class _Hidden:
         call, began = self.call, self.call.clock.seconds
 
         def block(state, steps):
-            return _block(call.model, OPTIONS, AT_A_TIME, call.arrays, self.asked, state, steps)
+            return _block(call.model, OPTIONS, call.arrays, self.asked, state, steps)
 
         def pause() -> bool:
             if not until_worth:
@@ -195,10 +196,11 @@ def _repeated(tree: Any, n: int) -> Any:
 # --- Compiled parts -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _block(model, options, k, arrays, asked, state, steps):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _block(model, options, arrays, asked, state, steps):
     expand = functools.partial(branching.expansion, model, options, arrays, asked)
-    return search.block(expand, k, state, steps)
+    row, _ = cost.of_rows(model, arrays)
+    return search.block(expand, cost.affordable(ROWS * row, AT_A_TIME), state, steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -2,19 +2,13 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcert.bounds.expand import expand
-from jaxcert.bounds.relaxations import LINES
-from jaxcert.bounds.residual import products
-from jaxcert.exact import inputs, search
+from jaxcert.exact import cost, inputs, search
 from jaxcert.exact.call import Call
-from jaxcert.exact.model import Traceable
 from jaxcert.exact.question import rounded
-from jaxcert.graph import Var
 
 AT_A_TIME = 32  # boxes, at most
 FEW_INPUTS = 16
@@ -45,21 +39,5 @@ def _filled_up(varying: tuple[int, ...], size: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _block(model, places, arrays, asked, state, steps):
     expand = functools.partial(inputs.expansion, model, places, arrays, asked)
-    return search.block(expand, affordable(model, arrays), state, steps)
-
-
-def affordable(model: Traceable, arrays: Any) -> int:
-    """Boxes of a step: 32, or as many as a CPU bounds in about a second, but at least two.
-
-    Where the first steps take long, most of their places are empty.
-    """
-    if jax.default_backend() != "cpu":
-        return AT_A_TIME
-    graph, _ = model.trace(arrays, 1)
-    behind = total = 1
-    for eqn in expand(graph).graph.equations:
-        size = sum(math.prod(a.shape) for a in eqn.inputs if isinstance(a, Var) and a.bounded)
-        if eqn.name in LINES:  # every entry's row is pulled back through all that is behind it
-            total += size * behind
-        behind += size * products(eqn) if eqn.bounded else 0
-    return 2 ** int(np.clip(np.log2(2**34 / total), 1, np.log2(AT_A_TIME)))
+    _, each = cost.of_rows(model, arrays)
+    return search.block(expand, cost.affordable(each, AT_A_TIME), state, steps)

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from nets import net, random_weights
 
 from jaxcert import AllOf, AnyOf, Box, L1Ball, L2Ball, LinfBall, MixedRows, Reason, Spec, Status
-from jaxcert.exact import Budget, verify
+from jaxcert.exact import Budget, cost, verify
 from jaxcert.exact.beta_crown import Pass
-from jaxcert.exact.by_inputs import affordable
 from jaxcert.exact.call import Call
 from jaxcert.exact.leaves import Settled
 from jaxcert.exact.model import Traceable
@@ -173,7 +172,10 @@ def test_fewer_boxes_at_a_time_where_each_costs_more(width, most):
     arrays, structure = split(f)
     model = Traceable(structure, (2,), np.dtype("f"), False, ())
     with jax.enable_x64(True):
-        assert affordable(model, arrays) == most
+        row, every = cost.of_rows(model, arrays)
+    assert width**2 < row < 2 * width**2 + 100  # the wide matrix and little else
+    assert width**3 < every < 2 * width**3 + 10_000
+    assert cost.affordable(every, 32) == most
 
 
 def _sizes(x):
