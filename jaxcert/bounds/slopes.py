@@ -147,19 +147,18 @@ def _with_better_hidden_bounds(walk: Walk, goal: Goal, options: _Options) -> Wal
 
 
 def tightened(
-    walk: Walk, loose: Sequence[Var], count: int, rounds: Any, steps: int, optimiser: Any
+    walk: Walk, loose: Sequence[Var], count: int, steps: int, optimiser: Any
 ) -> list[Box]:
     """The boxes of a walk's hidden values, `walk.refined`, with slopes optimised for each of the
     `count` least decided entries of those that are loose.
 
     All hidden values are bounded in one backward pass, which makes for a short program, with planes
-    from the boxes of the round before: what is gained early in the model shows in later layers a
-    round later. It works on a chunk of entries at a time, for the sake of memory.
+    from the walk's boxes: what is gained early in the model shows in later layers the next time. It
+    works on a chunk of entries at a time, for the sake of memory.
 
     Args:
       walk: run to its end.
-      count, steps: as above; of gradient ascent in each round.
-      rounds: how often; may be traced.
+      count, steps: as above; of gradient ascent.
       optimiser: an optax transformation.
     """
     net, start = walk.net, [walk.boxes[v] for v in walk.refined]
@@ -168,25 +167,19 @@ def tightened(
         return start
     most = max(goals.values())
     chunk = max(1, min(rows_that_fit(walk, v) for v in goals) // (4 * len(goals)))
+    free = free_lines(walk)
+    index = {v: least_decided(walk, v, n) for v, n in goals.items()}
 
-    def once(_, boxes: list[Box]) -> list[Box]:
-        known, now = dict(zip(walk.refined, boxes, strict=True)), walk.again()
-        now.run(lambda _, v: known[v], every=True)
-        free = free_lines(now)
-        index = {v: least_decided(now, v, n) for v, n in goals.items()}
+    def part(i: Array, boxes: list[Box]) -> list[Box]:
+        place = i * chunk + jnp.arange(chunk)
+        here = {v: each[jnp.minimum(place, len(each) - 1)] for v, each in index.items()}
+        better = _optimised(walk, free, here, optimiser, steps)
+        return [
+            meet(box, replaced(walk, v, here[v], better[v])) if v in goals else box
+            for v, box in zip(walk.refined, boxes, strict=True)
+        ]
 
-        def part(i: Array, boxes: list[Box]) -> list[Box]:
-            place = i * chunk + jnp.arange(chunk)
-            here = {v: each[jnp.minimum(place, len(each) - 1)] for v, each in index.items()}
-            better = _optimised(now, free, here, optimiser, steps)
-            return [
-                meet(box, replaced(now, v, here[v], better[v])) if v in goals else box
-                for v, box in zip(walk.refined, boxes, strict=True)
-            ]
-
-        return jax.lax.fori_loop(0, -(-most // chunk), part, boxes)
-
-    return jax.lax.fori_loop(0, rounds, once, start)
+    return jax.lax.fori_loop(0, -(-most // chunk), part, start)
 
 
 def _optimised(

@@ -31,10 +31,11 @@ def by_activations(call: Call) -> None:
     domains = hidden.beginnings(known)
     if hidden.done:
         return
-    known = hidden.with_slopes(known, 2)
-    domains = hidden.beginnings(known)
-    if hidden.done:
-        return
+    for _ in range(2):  # a round gains much, another one something, and more cost more than that
+        known = hidden.with_slopes(known)
+        domains = hidden.beginnings(known)
+        if hidden.done:
+            return
     if domains.lower.shape[1] == 0:  # nothing is ever split: each sub-domain is a leaf
         hidden.settle_all(domains)
         return
@@ -82,11 +83,11 @@ class _Hidden:
         with self.call.outcome.spending("ranges"):
             return jax.block_until_ready(_ranged(self.call.model, self.call.arrays, region, n))
 
-    def with_slopes(self, known: Ranges, rounds: int) -> Ranges:
-        region, times = _repeated(self.call.asked.region, len(known.lower)), np.int32(rounds)
+    def with_slopes(self, known: Ranges) -> Ranges:
+        region = _repeated(self.call.asked.region, len(known.lower))
         model, arrays = self.call.model, self.call.arrays
         with self.call.outcome.spending("ranges"):
-            found = _sloped(model, LEAST_DECIDED, arrays, region, known, times)
+            found = _sloped(model, LEAST_DECIDED, arrays, region, known)
             return jax.block_until_ready(found)
 
     def beginnings(self, known: Ranges) -> Domains:
@@ -99,7 +100,7 @@ class _Hidden:
             self.waiting &= ~(np.asarray(domains.bound) > 0)
         self.call.settle_proved(self.owner, self.waiting)
         if not self.done:
-            self.call.attack(rounds=8, share=0.15)
+            self.call.attack(rounds=8)
         return domains
 
     # --- Search
@@ -172,7 +173,7 @@ class _Hidden:
                 known = self._tightened(known, each.part(start, size), like)
                 began = min(began, call.clock.seconds)  # the first one compiles
             if known is not before:
-                known = self.with_slopes(known, 1)
+                known = self.with_slopes(known)
         return known
 
     def _tightened(self, known: Ranges, part: Targets, like: Domains) -> Ranges:
@@ -209,8 +210,8 @@ def _ranged(model, arrays, region, n):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sloped(model, count, arrays, region, known, rounds):
-    return ranges.with_slopes(model, arrays, region, known, count, rounds)
+def _sloped(model, count, arrays, region, known):
+    return ranges.with_slopes(model, arrays, region, known, count)
 
 
 @functools.partial(jax.jit, static_argnums=0)

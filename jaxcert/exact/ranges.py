@@ -63,10 +63,10 @@ def ranges(model: Traceable, arrays: Any, region: InputSet, n: int) -> Ranges:
 
 
 def with_slopes(
-    model: Traceable, arrays: Any, region: InputSet, known: Ranges, count: int, rounds: Any
+    model: Traceable, arrays: Any, region: InputSet, known: Ranges, count: int
 ) -> Ranges:
-    """The ranges with slopes optimised for the `count` least decided values of each variable,
-    `rounds` times over. Only inside `enable_x64`."""
+    """The ranges with slopes optimised for the `count` least decided values of each variable.
+    Only inside `enable_x64`."""
     import optax
 
     n = len(known.lower)
@@ -80,7 +80,7 @@ def with_slopes(
 
     walk.run(bound, every=True)
     require_same(known.layout, layout(walk))
-    boxes = tightened(walk, loose, count, rounds, 10, optax.adam(0.35))
+    boxes = tightened(walk, loose, count, 10, optax.adam(0.35))
     lower, upper = _flat_ends(walk, boxes)
     return dataclasses.replace(known, lower=lower, upper=upper)
 
