@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from enumeration import least_row
 from nets import net, random_weights
 
@@ -19,6 +20,7 @@ def least_margin(weights, x, label, eps):
     return min(least_row(weights, x - eps, x + eps, row[None], np.zeros(1)) for row in rows)
 
 
+@pytest.mark.slow
 def test_distances_enclose_what_enumeration_finds():
     weights = random_weights(11)
     f = net(weights)

@@ -97,6 +97,7 @@ def test_rows_of_other_clauses_prove_nothing():
     assert verdict.status[0] != Status.VERIFIED
 
 
+@pytest.mark.slow
 def test_all_rows_must_hold():
     weights, matrix = random_weights(5), rows(5)
     least = [[least_row(weights, *e, row[None], np.zeros(1)) for row in matrix] for e in BOXES]
