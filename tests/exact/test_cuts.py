@@ -134,6 +134,7 @@ def test_on_an_empty_set_every_property_holds(split_inputs):
     assert programs.status.tolist()[:2] == [Status.VERIFIED] * 2
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_vary_count_in_cuts():
     """x_2 = 1/2 and x_0 + x_1 + x_2 >= 3/2: then x_0 + x_1 >= 1."""
     lower = jnp.full((2, 20), 0.5).at[:, :2].set(0.0)

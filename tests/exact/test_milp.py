@@ -99,6 +99,7 @@ def kinked():
     return jax.tree_util.Partial(f, kernel), (4, 4, 1)
 
 
+@pytest.mark.slow
 def test_least_values_lie_between_bounds_and_samples():
     f, shape = kinked()
     x = jnp.asarray(np.random.default_rng(0).uniform(size=(2, *shape)), jnp.float32)

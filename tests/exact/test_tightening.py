@@ -41,6 +41,7 @@ def ranges_of(f, splits):
         return before, tightening.entered(known, targets, values)
 
 
+@pytest.mark.slow
 def test_ranges_hold_and_are_tighter():
     weights = random_weights(7)
     before, after = ranges_of(net(weights), 15)
