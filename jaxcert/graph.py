@@ -11,6 +11,7 @@ data movement are folded away.
 This is the only file that touches JAX's program representation (`jax.extend.core`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from jaxcert import blocks
 from jaxcert.errors import DataDependent, UnsupportedEquation
 from jaxcert.model import is_traced
 
@@ -48,7 +50,8 @@ class Equation:
     """outputs = name(inputs), one step of a graph.
 
     `primitive` is JAX's primitive; it is None where the equation stands for a known function
-    (`idioms.py`) whose own equations are then in `inner`.
+    (`idioms.py`, `blocks.py`) whose own equations are then in `inner`. Parametrised weights of a
+    float64 graph have the model's own program for them as the parameter `own`.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Equation:
 
     def bind(self, *values: Any, **overrides: Any) -> list[Any]:
         """The outputs at concrete or traced values, with some parameters replaced."""
+        if self.name == blocks.WEIGHTS and self.inner is not None:
+            return stored(self.params.get("own", self.inner), values, self.outputs)
         if self.inner is not None:
             return evaluate(self.inner, *values)
         return _bind(self.primitive, values, {**self.params, **overrides})
@@ -95,15 +100,10 @@ def trace(f: Callable[..., Any], *specs: Any, bounded: Sequence[bool] | None = N
     """
     closed = jax.make_jaxpr(lambda *args: f(*args))(*specs)
     flags = [True] * len(specs) if bounded is None else list(bounded)
-    jaxpr, consts = _open(closed)
-    inputs = tuple(
-        Var(tuple(v.aval.shape), v.aval.dtype, flag)
-        for v, flag in zip(jaxpr.invars, flags, strict=True)
-    )
-    equations: list[Equation] = []
-    outputs = _flatten(jaxpr, consts, inputs, equations)
+    jaxpr, _ = _open(closed)
     random = any("random" in name or "threefry" in name for name in _names(jaxpr))
-    return prune(Graph(inputs, tuple(equations), tuple(outputs), random))
+    graph = _inside(closed, [v.aval for v in jaxpr.invars], flags)
+    return dataclasses.replace(graph, random=random)
 
 
 def prune(graph: Graph) -> Graph:
@@ -117,6 +117,65 @@ def prune(graph: Graph) -> Graph:
     return dataclasses.replace(graph, equations=tuple(reversed(kept)))
 
 
+def entered(graph: Graph) -> Graph:
+    """The graph with the equations of each block in its place."""
+    equations: list[Equation] = []
+    renamed: dict[Var, Atom] = {}
+    for eqn in graph.equations:
+        inputs = tuple(renamed.get(a, a) if isinstance(a, Var) else a for a in eqn.inputs)
+        eqn = dataclasses.replace(eqn, inputs=inputs)
+        if eqn.name in blocks.REFERENCES and eqn.inner is not None:
+            start = len(equations)
+            renamed[eqn.outputs[0]] = splice(eqn.inner, inputs, equations)
+            equations[start:] = [
+                dataclasses.replace(e, source=e.source + eqn.source) for e in equations[start:]
+            ]
+        else:
+            equations.append(eqn)
+    outputs = tuple(renamed.get(a, a) if isinstance(a, Var) else a for a in graph.outputs)
+    return dataclasses.replace(graph, equations=tuple(equations), outputs=outputs)
+
+
+def splice(part: Graph, inputs: Sequence[Atom], out: list[Equation]) -> Var:
+    """Append the equations of a graph with these inputs in place of its own; its first output."""
+    names: dict[Var, Atom] = dict(zip(part.inputs, inputs, strict=True))
+    for eqn in part.equations:
+        given = tuple(names.get(a, a) if isinstance(a, Var) else a for a in eqn.inputs)
+        out.append(dataclasses.replace(eqn, inputs=given))
+    result = part.outputs[0]
+    assert isinstance(result, Var)
+    return result
+
+
+def identical(first: Graph, second: Graph) -> bool:
+    """Whether two graphs compute the same with the same equations in the same order."""
+    twins: dict[Any, Any] = dict(zip(first.inputs, second.inputs, strict=True))
+
+    def same(p: Atom, q: Atom) -> bool:
+        if isinstance(p, Var) or isinstance(q, Var):
+            return isinstance(p, Var) and twins.get(p) is q
+        if is_traced(p, q) or p.dtype != q.dtype:
+            return p is q
+        return bool(np.array_equal(p, q))
+
+    for a, b in zip(first.equations, second.equations, strict=False):
+        if not (
+            a.name == b.name
+            and same_params(a.params, b.params)
+            and len(a.inputs) == len(b.inputs)
+            and all(map(same, a.inputs, b.inputs))
+            and [(v.shape, v.dtype) for v in a.outputs] == [(v.shape, v.dtype) for v in b.outputs]
+            and (a.inner is b.inner or (a.inner and b.inner and identical(a.inner, b.inner)))
+        ):
+            return False
+        twins.update(zip(a.outputs, b.outputs, strict=True))
+    return (
+        len(first.equations) == len(second.equations)
+        and len(first.outputs) == len(second.outputs)
+        and all(map(same, first.outputs, second.outputs))
+    )
+
+
 def evaluate(graph: Graph, *values: Any) -> list[Any]:
     """The graph's outputs at plain arrays."""
     env: dict[Var, Any] = dict(zip(graph.inputs, values, strict=True))
@@ -124,6 +183,13 @@ def evaluate(graph: Graph, *values: Any) -> list[Any]:
         results = eqn.bind(*[read(env, atom) for atom in eqn.inputs])
         env.update(zip(eqn.outputs, results, strict=True))
     return [read(env, atom) for atom in graph.outputs]
+
+
+def stored(graph: Graph, values: Sequence[Any], outputs: Sequence[Var]) -> list[Any]:
+    """Parametrised weights, computed in the float types of a graph of their parametrisation."""
+    own = [jnp.asarray(v).astype(a.dtype) for v, a in zip(values, graph.inputs, strict=True)]
+    results = evaluate(graph, *own)
+    return [jnp.asarray(r).astype(o.dtype) for r, o in zip(results, outputs, strict=True)]
 
 
 def read(env: dict[Var, Any], atom: Atom) -> Any:
@@ -227,6 +293,9 @@ def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[A
     name = eqn.primitive.name
     if name in _IDENTITIES or (name == "convert_element_type" and _keeps_dtype(eqn)):
         return list(args)
+    if name in ("jit", "pjit") and (whole := _whole(eqn, args)) is not None:
+        out.append(whole)
+        return list(whole.outputs)
     if name in _CALLS:
         return _flatten(*_open(eqn.params[_CALLS[name]]), args, out)
     if any("Debug" not in type(effect).__name__ for effect in eqn.effects):
@@ -252,6 +321,45 @@ def _flatten_equation(eqn: Any, args: list[Atom], out: list[Equation]) -> list[A
         args = [_spread(a, outputs[0].shape, out) for a in args]
     out.append(Equation(name, tuple(args), tuple(outputs), eqn.params, eqn.primitive))
     return list(outputs)
+
+
+def _whole(eqn: Any, args: list[Atom]) -> Equation | None:
+    """One equation for a call that is a block or parametrises weights (`blocks.py`)."""
+    name = eqn.params["name"]
+    bounded = [isinstance(a, Var) and a.bounded for a in args]
+    if name == blocks.WEIGHTS:
+        fits = not any(bounded)
+    else:
+        fits = name in blocks.REFERENCES and bounded[:1] == [True] and not any(bounded[1:])
+    if not fits:
+        return None
+    specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    inner = _inside(eqn.params["jaxpr"], specs, bounded)
+    if name != blocks.WEIGHTS and not any(
+        identical(inner, reference) for reference in _references(name, specs, bounded)
+    ):
+        return None
+    outputs = [Var(tuple(v.aval.shape), v.aval.dtype, any(bounded)) for v in eqn.outvars]
+    return Equation(name, tuple(args), tuple(outputs), {}, inner=inner)
+
+
+def _references(name: str, specs: Sequence[Any], bounded: Sequence[bool]) -> Iterator[Graph]:
+    """What a block's definition gives at these shapes, by itself and mapped over examples."""
+    f = blocks.REFERENCES[name]
+    for definition in (f, jax.vmap(f, (0,) + (None,) * (len(specs) - 1))):
+        # It raises, with whatever JAX raises, where operands are not those of the block.
+        with contextlib.suppress(Exception):
+            yield _inside(jax.make_jaxpr(definition)(*specs), specs, bounded)
+
+
+def _inside(closed: Any, specs: Sequence[Any], bounded: Sequence[bool]) -> Graph:
+    """The graph of a program of its own."""
+    inputs = tuple(
+        Var(tuple(s.shape), s.dtype, flag) for s, flag in zip(specs, bounded, strict=True)
+    )
+    equations: list[Equation] = []
+    outputs = _flatten(*_open(closed), inputs, equations)
+    return prune(Graph(inputs, tuple(equations), tuple(outputs)))
 
 
 def _spread(a: Atom, shape: tuple[int, ...], out: list[Equation]) -> Atom:

@@ -65,6 +65,11 @@ def split(f: Model, x: Any = None) -> tuple[list[Any], Structure]:
         f = jax.tree_util.Partial(f.func, *f.args, **f.keywords)
     if not callable(f):
         raise TypeError(f"the model must be callable on a batch, got {type(f).__name__}")
+    if _is_linen(f) and getattr(f, "scope", None) is None:
+        raise TypeError(
+            f"{type(f).__name__} is a Linen module without its weights; pass "
+            "functools.partial(module.apply, variables)"
+        )
     leaves, treedef = jax.tree.flatten(f)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     constants = tuple(None if _is_array(leaf) else _Constant(leaf, _key(leaf)) for leaf in leaves)
@@ -110,9 +115,12 @@ def _hides_state(value: Any, seen: frozenset[int] = frozenset()) -> bool:
         names = inspect.getclosurevars(value)
         inside = [*names.globals.values(), *names.nonlocals.values(), *(value.__defaults__ or ())]
     else:  # an unbound Linen module holds no arrays
-        linen = any(kind.__module__.startswith("flax.linen") for kind in type(value).__mro__)
-        return not (linen and getattr(value, "scope", None) is None)
+        return not (_is_linen(value) and getattr(value, "scope", None) is None)
     return any(_hides_state(each, seen) for each in inside)
+
+
+def _is_linen(value: Any) -> bool:
+    return any(kind.__module__.startswith("flax.linen") for kind in type(value).__mro__)
 
 
 def _fingerprint(structure: Structure, arrays: list[Any], x: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from jaxcert.blocks import REFERENCES
 from jaxcert.errors import DataDependent, MixedRows
 from jaxcert.graph import Atom, Equation, Graph, Var, unsupported
 
@@ -40,22 +41,7 @@ def check(graph: Graph, batch: int) -> dict[Var, Rows]:
     The graph has one bounded input and one output, both with the batch axis first.
     """
     rows = {graph.inputs[0]: Rows(0)}
-    for eqn in graph.equations:
-        if not eqn.bounded:
-            continue
-        if eqn.name not in FOLLOW:
-            raise unsupported(
-                eqn, "jaxcert", f"register one: jaxcert.bounds.register('{eqn.name}', rule)"
-            )
-        places = [rows.get(a) if isinstance(a, Var) else None for a in eqn.inputs]
-        followed = FOLLOW[eqn.name](eqn, places, batch)
-        if any(_is_integer(out) for out in eqn.outputs):
-            raise DataDependent(
-                f"'{eqn.name}' makes integers that depend on the input ({eqn.where()}), which "
-                "cannot be bounded; use floating point numbers, e.g. jnp.where(x > 0, 1.0, 2.0)"
-            )
-        each = [followed] * len(eqn.outputs) if isinstance(followed, Rows) else followed
-        rows.update(zip(eqn.outputs, each, strict=True))
+    _walk(graph, rows, batch)
     out = graph.outputs[0]
     if (
         isinstance(out, Var)
@@ -67,6 +53,31 @@ def check(graph: Graph, batch: int) -> dict[Var, Rows]:
             "return logits (b, k)"
         )
     return rows
+
+
+def _walk(graph: Graph, rows: dict[Var, Rows], batch: int) -> None:
+    """Enter the place of every bounded value, from those of the graph's inputs."""
+    for eqn in graph.equations:
+        if not eqn.bounded:
+            continue
+        places = [rows.get(a) if isinstance(a, Var) else None for a in eqn.inputs]
+        if eqn.name in REFERENCES and eqn.inner is not None:
+            inside = {v: p for v, p in zip(eqn.inner.inputs, places, strict=True) if p is not None}
+            _walk(eqn.inner, inside, batch)
+            rows[eqn.outputs[0]] = inside[eqn.inner.outputs[0]]  # type: ignore
+            continue
+        if eqn.name not in FOLLOW:
+            raise unsupported(
+                eqn, "jaxcert", f"register one: jaxcert.bounds.register('{eqn.name}', rule)"
+            )
+        followed = FOLLOW[eqn.name](eqn, places, batch)
+        if any(_is_integer(out) for out in eqn.outputs):
+            raise DataDependent(
+                f"'{eqn.name}' makes integers that depend on the input ({eqn.where()}), which "
+                "cannot be bounded; use floating point numbers, e.g. jnp.where(x > 0, 1.0, 2.0)"
+            )
+        each = [followed] * len(eqn.outputs) if isinstance(followed, Rows) else followed
+        rows.update(zip(eqn.outputs, each, strict=True))
 
 
 def _is_integer(out: Var) -> bool:

@@ -1,5 +1,6 @@
 """Models as checked graphs: the one way from a user's function to equations that can be bounded."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcert import blocks
 from jaxcert.errors import StatefulModel
-from jaxcert.graph import Equation, Graph, Var, same_params, trace
+from jaxcert.graph import Equation, Graph, Var, entered, same_params, trace
 from jaxcert.idioms import simplify
 from jaxcert.model import Model, Structure, as_float64, is_traced, split
 from jaxcert.rows import Rows, check
@@ -16,11 +18,16 @@ from jaxcert.rows import Rows, check
 Traced = tuple[Graph, dict[Var, Rows]]
 
 
-def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dict[Var, Rows]]:
+def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any, *, whole: bool = False) -> Traced:
     """The graph of a model at inputs (b, *input), and where each bounded value has its examples.
 
     The function is also traced at batch 2 where b is 1: there an axis of size 1 could hide that
     rows mix, or a model could behave differently for a batch of one.
+
+    Args:
+      f: the model.
+      shape, dtype: of the inputs.
+      whole: whether blocks (`blocks.py`) stay whole in the graph; their insides are checked.
     """
     if not shape or shape[0] < 1:
         raise ValueError(f"the batch must hold at least one example, got shape {shape}")
@@ -37,7 +44,8 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Graph, dic
     if shape[0] == 1:
         pair = (2, *shape[1:])
         check(simplify(trace(rebuilt, jax.ShapeDtypeStruct(pair, dtype))), batch=2)
-    graph = simplify(trace(rebuilt, jax.ShapeDtypeStruct(shape, dtype)))
+    traced = trace(rebuilt, jax.ShapeDtypeStruct(shape, dtype))
+    graph = simplify(traced if whole else entered(traced))
     _require_repeatable(structure, arrays, sorted(counters), jax.ShapeDtypeStruct(shape, dtype))
     if len(graph.outputs) != 1:
         raise TypeError(
@@ -91,7 +99,13 @@ def _require_repeatable(
 
 
 def trace_float64(
-    structure: Structure, arrays: Sequence[Any], shape: tuple[int, ...], dtype: Any, mode: bool
+    structure: Structure,
+    arrays: Sequence[Any],
+    shape: tuple[int, ...],
+    dtype: Any,
+    mode: bool,
+    *,
+    whole: bool = False,
 ) -> Traced:
     """The checked graph of a model for a proof. Only inside `enable_x64`.
 
@@ -100,20 +114,34 @@ def trace_float64(
       shape: of the inputs, (b, *input).
       dtype: float type of the inputs as the caller has them.
       mode: whether the caller is in JAX's x64 mode.
+      whole: whether blocks stay whole, as in `trace_rows`.
     """
     truncated = list(arrays) if mode else [_truncated(array) for array in arrays]
     own_dtype = dtype if mode or dtype != jnp.float64 else jnp.float32
     with jax.enable_x64(mode):
-        own = trace_rows(structure.build(truncated), shape, own_dtype)
+        own = trace_rows(structure.build(truncated), shape, own_dtype, whole=whole)
     # What is computed with integers under a surrounding trace cannot be compared below.
     integers = any(jnp.issubdtype(array.dtype, jnp.signedinteger) for array in arrays)
     if integers or own[0].random or _is_float64(truncated, own_dtype):
         return own
     try:
-        wide = trace_rows(structure.build(as_float64(list(arrays))), shape, jnp.float64)
+        model = structure.build(as_float64(list(arrays)))
+        wide = trace_rows(model, shape, jnp.float64, whole=whole)
     except TypeError:
         return own
-    return wide if _same_function(own[0], wide[0]) else own
+    if not _same_function(own[0], wide[0]):
+        return own
+    return _with_weights_of(own[0], wide[0]), wide[1]
+
+
+def _with_weights_of(own: Graph, wide: Graph) -> Graph:
+    """The wide graph with parametrised weights computed as the model itself computes them."""
+    computed = iter([e.inner for e in own.equations if e.name == blocks.WEIGHTS])
+    equations = [
+        dataclasses.replace(e, params={"own": next(computed)}) if e.name == blocks.WEIGHTS else e
+        for e in wide.equations
+    ]
+    return dataclasses.replace(wide, equations=tuple(equations))
 
 
 def _is_float64(arrays: Sequence[Any], dtype: Any) -> bool:

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "jaxcert"
 # Each room may import from itself and from the rooms named here.
 MODEL = {"errors", "model", "floats", "pytrees"}
 WORDS = MODEL | {"sets", "specs", "certificate"}
-GRAPH = {"graph", "idioms", "rows", "tracing"}
+GRAPH = {"blocks", "graph", "idioms", "rows", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
     "pytrees": set(),
@@ -21,16 +21,19 @@ MAY_IMPORT = {
     "sets": MODEL,
     "specs": MODEL | {"sets"},
     "certificate": MODEL | {"sets"},
-    "graph": MODEL,
+    "blocks": set(),
+    "graph": MODEL | {"blocks"},
     "idioms": MODEL | {"graph"},
-    "rows": MODEL | {"graph"},
-    "tracing": MODEL | {"graph", "idioms", "rows"},
+    "rows": MODEL | {"blocks", "graph"},
+    "tracing": MODEL | {"blocks", "graph", "idioms", "rows"},
     "bounds": WORDS | GRAPH,
     "lipschitz": WORDS | GRAPH | {"bounds"},
+    "nn": WORDS | {"blocks", "lipschitz"},
     "smoothing": WORDS | GRAPH,
     "evaluate": WORDS,
     "attacks": WORDS,
     "exact": WORDS | GRAPH | {"bounds", "attacks", "io"},
+    "training": WORDS | GRAPH | {"bounds", "lipschitz"},
     "io": WORDS | GRAPH,
     "cli": WORDS | {"exact", "io"},
     "__main__": {"cli"},

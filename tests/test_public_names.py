@@ -5,6 +5,8 @@ import types
 import pytest
 
 import jaxcert
+import jaxcert.nn
+import jaxcert.training
 
 NAMES = {
     jaxcert: """
@@ -20,7 +22,23 @@ NAMES = {
     jaxcert.smoothing: """
         Gaussian Noise SmoothingPlan certify clopper_pearson_lower predict
     """,
-    jaxcert.lipschitz: "certify constant conv dense margin_certificate",
+    jaxcert.lipschitz: """
+        certify certify_local constant conv dense eclipse_bound fast_multipliers gershgorin_bound
+        gram_bound layer_matrices liplt_bound lipsdp_bound local_constant lower_bound
+        margin_certificate multiplier_bound product_bound
+    """,
+    jaxcert.nn: """
+        AOCConv AOLConv AOLConvTranspose AOLDense BRODense BROConv BatchCentering BjorckConv
+        BjorckDense CPLBlock CayleyConv CayleyDense CircularConv FrozenResidual FrozenSandwich
+        Householder LinfDistDense NormalisedDense Parametrised Residual SLLBlock SandwichDense
+        SortDense SpectralConv SpectralDense beta_abs freeze group_sort l2_pool maxmin
+        pixel_shuffle pixel_unshuffle retract scaled_avg_pool
+    """,
+    jaxcert.training: "",
+    jaxcert.training.losses: """
+        certificate_regularisation emma emma_logits gloro gloro_trades hinge_kantorovich_rubinstein
+        logit_annealing offset_cross_entropy pair_constants
+    """,
     jaxcert.evaluate: """
         Results Row abstention_rate accuracy_interval average_certified_radius bernstein_failures
         binomial_failures certified_accuracy clean_accuracy high_probability_accuracy load

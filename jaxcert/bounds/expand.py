@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcert.graph import Atom, Equation, Graph, Var, prune, trace
+from jaxcert.graph import Atom, Equation, Graph, Var, prune, splice, trace
 from jaxcert.idioms import simplify
 
 
@@ -55,7 +55,7 @@ def expand(graph: Graph) -> Expanded:
             continue
         part = _traced(simpler, eqn)
         start = len(equations)
-        result = _splice(part, inputs, equations)
+        result = splice(part, inputs, equations)
         renamed[eqn.outputs[0]] = result
         originals[result] = dataclasses.replace(eqn, outputs=(result,))
         if eqn.name in _BOUND_OPERANDS:
@@ -78,17 +78,6 @@ def _traced(f: Callable[..., Any], eqn: Equation) -> Graph:
     specs = [jax.ShapeDtypeStruct(tuple(a.shape), a.dtype) for a in eqn.inputs]
     bounded = [isinstance(a, Var) and a.bounded for a in eqn.inputs]
     return simplify(trace(f, *specs, bounded=bounded))
-
-
-def _splice(part: Graph, inputs: tuple[Atom, ...], out: list[Equation]) -> Var:
-    """Append a part's equations with these inputs in place of its own."""
-    names: dict[Var, Atom] = dict(zip(part.inputs, inputs, strict=True))
-    for eqn in part.equations:
-        given = tuple(names.get(a, a) if isinstance(a, Var) else a for a in eqn.inputs)
-        out.append(dataclasses.replace(eqn, inputs=given))
-    result = part.outputs[0]
-    assert isinstance(result, Var)
-    return result
 
 
 def _bounded(eqn: Equation) -> list[bool]:

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from jaxcert.blocks import WEIGHTS
 from jaxcert.graph import Atom, Equation, Graph, Var, read, unsupported
 from jaxcert.model import as_float64
 from jaxcert.sets import Array, Box
@@ -31,6 +32,11 @@ def lower(value: Value) -> Array:
 def upper(value: Value) -> Array:
     """The upper end of a value."""
     return value.upper if isinstance(value, Box) else value
+
+
+def middle(value: Value) -> Array:
+    """A point in the middle of a value."""
+    return value.lower + (value.upper - value.lower) / 2 if isinstance(value, Box) else value
 
 
 def interpret(graph: Graph, inputs: Sequence[Value], outward: bool) -> dict[Var, Value]:
@@ -69,6 +75,10 @@ def apply_rule(eqn: Equation, values: Sequence[Value], outward: bool) -> Sequenc
     # a batch normalisation is rounded, hence an interval.
     if not outward and not any(isinstance(v, Box) for v in values):
         return eqn.bind(*values)
+    if eqn.name == WEIGHTS:  # the numbers that the model computes, exactly (`blocks.py`)
+        stored = eqn.bind(*map(middle, values))
+        stored = [as_float64(each) for each in stored] if outward else stored
+        return [Box(each, each) for each in stored]
     if eqn.name not in RULES:
         hint = f"register one: jaxcert.bounds.register('{eqn.name}', rule)"
         raise unsupported(eqn, "ibp", hint)

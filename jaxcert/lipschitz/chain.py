@@ -1,7 +1,8 @@
-"""Lipschitz constants through a graph: each equation's constant times that of its operand.
+"""Lipschitz constants through a graph: each equation's constant from those of its operands.
 
-Every rule below is a proof for one primitive, in the L2 norm. A primitive without one is an error:
-taking it for 1 would certify what is not true. Two bounded operands are covered for sums only.
+Every rule below is a proof for one primitive, in the L2 norm, the Linf norm or both. A primitive
+without one is an error: taking it for 1 would certify what is not true. Blocks (`jaxcert.blocks`)
+have their rules in `composite.py`.
 """
 
 import math
@@ -11,70 +12,159 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxcert.bounds.interpreter import Value, lower, operand, upper
+from jaxcert.blocks import WEIGHTS
+from jaxcert.bounds.interpreter import (
+    Value,
+    apply_rule,
+    interpret,
+    lower,
+    middle,
+    operand,
+    upper,
+)
 from jaxcert.bounds.rounding import TINY, UNIT
 from jaxcert.errors import UnsupportedEquation
-from jaxcert.graph import Equation, Graph, Var, holds_all, unsupported
+from jaxcert.graph import Equation, Graph, Var, holds_all, stored, unsupported
 from jaxcert.lipschitz import constants
+from jaxcert.model import as_float64
 from jaxcert.sets import Array, Box
 
 Rule: TypeAlias = Callable[[Equation, int, list[Value]], Array | float]
 """(equation, position of the bounded operand, operands: None for it) -> its constant."""
 
-RULES: dict[str, Rule] = {}
+RULES: dict[float, dict[str, Rule]] = {2: {}, math.inf: {}}
+"""The rules by norm and primitive."""
 
 _HINT = (
-    "covered are chains of dense and stride-1 convolution layers with 1-Lipschitz activations; for "
-    "other models use bounds.certify with an L2Ball"
+    "covered are dense and convolution layers, 1-Lipschitz activations, pooling, and the layers of "
+    "jaxcert.nn; for other models use bounds.certify with an L2Ball or a LinfBall"
 )
 
 
-def speeds(graph: Graph, values: dict[Var, Value]) -> dict[Var, Array]:
-    """For every bounded value of a float64 graph, a Lipschitz constant as a map of the input.
+Factors: TypeAlias = dict[Equation, Array | float]
+"""The constant of each equation with one bounded operand."""
+
+
+def factors(graph: Graph, values: dict[Var, Value], norm: float) -> Factors:
+    """The constants of the equations of a float64 graph with one bounded input.
 
     Args:
-      graph: a graph with one bounded input.
-      values: what `interpret(..., outward=True)` gives; only values that are not bounded are used.
+      graph: the graph.
+      values: those that are not bounded, as `weights` gives them.
+      norm: 2 or inf, of the input and of every value.
     """
+    found: Factors = {}
+    for eqn in graph.equations:
+        places = [i for i, a in enumerate(eqn.inputs) if isinstance(a, Var) and a.bounded]
+        if any(_narrows(eqn, place) for place in places):
+            raise unsupported(eqn, "lipschitz", f"it rounds to a narrower type; {_HINT}")
+        if len(places) == 1:
+            found[eqn] = _factor(eqn, places[0], values, norm)
+    return found
+
+
+def speeds(graph: Graph, constants: Factors, norm: float) -> dict[Var, Array]:
+    """For every bounded value of the graph, a Lipschitz constant as a map of the input."""
     known = {graph.inputs[0]: jnp.ones(())}
     for eqn in graph.equations:
-        if not eqn.bounded:
-            continue
-        if eqn.name == "convert_element_type" and _narrows(eqn):
-            raise unsupported(eqn, "lipschitz", f"it rounds to a narrower type; {_HINT}")
-        incoming = {
-            i: known[a] for i, a in enumerate(eqn.inputs) if isinstance(a, Var) and a.bounded
-        }
-        if len(incoming) > 1:
-            result = _sum(eqn, list(incoming.values()))
-        else:
-            ((place, speed),) = incoming.items()
-            result = speed * _factor(eqn, place, values)
-        known.update(dict.fromkeys(eqn.outputs, result * (1 + 4 * UNIT) + TINY))
+        if eqn.bounded:
+            result = change(eqn, known, constants, norm)
+            known.update(dict.fromkeys(eqn.outputs, result * (1 + 4 * UNIT) + TINY))
     return known
 
 
-def _narrows(eqn: Equation) -> bool:
-    return not holds_all(eqn.outputs[0].dtype, eqn.inputs[0].dtype)
+def change(eqn: Equation, known: dict[Var, Array], constants: Factors, norm: float) -> Array:
+    """What an equation makes of changes of its bounded operands, known up to these sizes."""
+    changes = [known[a] for a in eqn.inputs if isinstance(a, Var) and a.bounded]
+    return changes[0] * constants[eqn] if eqn in constants else _join(eqn, changes, norm)
 
 
-def _sum(eqn: Equation, incoming: list[Array]) -> Array:
-    # |(f + g)(x') - (f + g)(x)| <= (L_f + L_g) |x' - x|, the triangle inequality.
-    if eqn.name not in ("add", "sub"):
-        raise unsupported(eqn, "lipschitz", f"both operands depend on the input; {_HINT}")
-    return jnp.sum(jnp.stack(incoming))
+def _narrows(eqn: Equation, place: int) -> bool:
+    kinds = eqn.outputs[0].dtype, eqn.inputs[place].dtype
+    return all(jnp.issubdtype(k, jnp.floating) for k in kinds) and not holds_all(*kinds)
 
 
-def _factor(eqn: Equation, place: int, values: dict[Var, Value]) -> Array | float:
-    if eqn.name not in RULES:
+# Of f and g with the constants L_f and L_g, where d is the change of x:
+#   |(f + g)(x') - (f + g)(x)| <= (L_f + L_g) |d|;
+#   the entries of (f, g) side by side change by at most sqrt(L_f^2 + L_g^2) |d| in L2, and by
+#   max(L_f, L_g) |d| in Linf. An entry of max(f, g) or min(f, g) changes by at most as much as one
+#   of the two entries it compares, and a selection by known numbers takes each entry from one.
+
+
+def _join(eqn: Equation, changes: list[Array], norm: float) -> Array:
+    """The same for an equation with several bounded operands."""
+    sizes = jnp.stack(changes)
+    if eqn.name in ("add", "sub"):
+        return jnp.sum(sizes, axis=0)
+    predicate = eqn.inputs[0]
+    chosen = eqn.name == "select_n" and not (isinstance(predicate, Var) and predicate.bounded)
+    if eqn.name in ("concatenate", "stack", "max", "min") or chosen:
+        largest = jnp.max(sizes, axis=0)
+        if norm == math.inf:
+            return largest
+        # In units of the largest, so that no square vanishes or overflows.
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+        return unit * jnp.sqrt(jnp.sum((sizes / unit) ** 2, axis=0)) * (1 + 2 * UNIT * len(sizes))
+    raise unsupported(eqn, "lipschitz", f"several operands depend on the input; {_HINT}")
+
+
+def _factor(eqn: Equation, place: int, values: dict[Var, Value], norm: float) -> Array | float:
+    if eqn.name not in RULES[norm]:
         raise unsupported(eqn, "lipschitz", _HINT)
     operands = [
         None if i == place else operand(values, atom, True) for i, atom in enumerate(eqn.inputs)
     ]
     try:
-        return RULES[eqn.name](eqn, place, operands)
+        return RULES[norm][eqn.name](eqn, place, operands)
     except UnsupportedEquation as error:
         raise UnsupportedEquation(f"{error} ({eqn.where()})") from error
+
+
+def define(names: str, rule: Rule, *norms: float) -> None:
+    """Enter a rule for each primitive of a space-separated list, in these norms (both if none)."""
+    for norm in norms or (2, math.inf):
+        RULES[norm].update(dict.fromkeys(names.split(), rule))
+
+
+# --- weights --------------------------------------------------------------------------------------
+# Parametrised weights are numbers of float32, say, which another program, another device or float64
+# would round differently. A constant holds for all of these: for kernels within a radius of
+# four times the difference, in the mean square, between their values in float32 and in float64.
+
+
+def stored_weights(graph: Graph, *, outward: bool = True) -> dict[Var, Value]:
+    """Every value that is not bounded, parametrised weights as the model computes them.
+
+    float64 enclosures, or plain arrays in the model's own types with `outward=False`.
+    """
+    unbounded = tuple(eqn for eqn in graph.equations if not eqn.bounded)
+    return interpret(Graph((), unbounded, ()), [], outward=outward)
+
+
+def weights(graph: Graph) -> dict[Var, Value]:
+    """Every value of a float64 graph that is not bounded, as constants are proved for it."""
+    values: dict[Var, Value] = {}
+    for eqn in graph.equations:
+        if eqn.bounded:
+            continue
+        given = [operand(values, atom, True) for atom in eqn.inputs]
+        found = _around(eqn, given) if eqn.name == WEIGHTS else apply_rule(eqn, given, True)
+        values.update(zip(eqn.outputs, found, strict=True))
+    return values
+
+
+def _around(eqn: Equation, given: list[Value]) -> list[Box]:
+    assert eqn.inner is not None
+    middles = [middle(value) for value in given]
+    boxes = []
+    computed = as_float64(eqn.bind(*middles))
+    precise = as_float64(stored(eqn.inner, middles, eqn.outputs))
+    for value, exact, wide in zip(computed, precise, eqn.inner.outputs, strict=True):
+        # Where nothing wider was traced, units of the type itself.
+        unit = 64 * float(jnp.finfo(wide.dtype).eps)
+        mean = jnp.mean(jnp.abs(value - exact) ** 2) * 16 + jnp.mean(jnp.abs(value) ** 2) * unit**2
+        boxes.append(Box(value - jnp.sqrt(mean), value + jnp.sqrt(mean)))
+    return boxes
 
 
 # --- values that are not bounded ------------------------------------------------------------------
@@ -85,9 +175,9 @@ def centre(value: Value) -> tuple[Array, Array]:
     if not isinstance(value, Box):
         value = jnp.asarray(value)
         return value, jnp.zeros(value.shape, jnp.float64)
-    middle = value.lower + (value.upper - value.lower) / 2
-    radius = jnp.maximum(middle - value.lower, value.upper - middle)
-    return middle, radius * (1 + 4 * UNIT) + float(jnp.finfo(jnp.float64).tiny)
+    point = middle(value)
+    radius = jnp.maximum(point - value.lower, value.upper - point)
+    return point, radius * (1 + 4 * UNIT) + float(jnp.finfo(jnp.float64).tiny)
 
 
 def _size(value: Value) -> Array:
@@ -95,13 +185,17 @@ def _size(value: Value) -> Array:
     return jnp.max(jnp.maximum(jnp.abs(lower(value)), jnp.abs(upper(value))))
 
 
-def _norm(kernel: Value, norm: Callable[[Array], Array]) -> Array:
-    """A bound on the norm of a kernel that is known up to a radius.
+def proved(norm: Callable[[Array], Array], kernel: Value) -> Array:
+    """A bound on the norm of a layer whose kernel is known up to a radius.
 
-    A change of one entry by r changes a dense or convolution layer by at most r in norm.
+    A change E of the kernel changes a dense layer by at most ||E||_F in norm, and a convolution by
+    at most the sum of ||E_t||_F over its taps t, each of which moves pixels and applies a matrix.
     """
-    middle, radius = centre(kernel)
-    return norm(middle) + jnp.sum(radius) * (1 + 2 * middle.size * UNIT)
+    point, radius = centre(kernel)
+    axes = (-2, -1) if point.ndim > 2 else None
+    change = jnp.sum(jnp.sqrt(jnp.sum(radius**2, axes)))
+    # The last term covers squares that vanish.
+    return norm(point) + change * (1 + 2 * (point.size + 4) * UNIT) + point.size * 2.0**-510
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -109,17 +203,17 @@ def _norm(kernel: Value, norm: Callable[[Array], Array]) -> Array:
 # constant, and clamp, are 1-Lipschitz. Entries that are moved, dropped or joined by constants keep
 # their distances or lose some; so do sorted ones, since sorting is continuous and a permutation,
 # hence an isometry, on each of finitely many pieces. max over an axis: |max x' - max x| is at most
-# the largest |x'_i - x_i|.
+# the largest |x'_i - x_i|. The slopes of gelu, silu and their like are largest at one point, where
+# they are below the numbers written here.
 
 _ONE = """
     relu neg abs max min clamp tanh atan asinh sin cos softplus soft_sign add sub stop_gradient
-    convert_element_type reshape transpose squeeze expand_dims rev slice pad sort
-    reduce_max reduce_min
+    convert_element_type reshape transpose squeeze expand_dims rev slice split unstack concatenate
+    stack select_n pad sort reduce_max reduce_min
 """
 
-
-def _one(eqn: Equation, place: int, operands: list[Value]) -> float:
-    return 1.0
+_STEEPEST = {"logistic": 0.25, "erf": 1.1284, "gelu_erf": 1.129, "gelu_tanh": 1.13, "silu": 1.0999,
+             "mish": 1.0886, "hard_swish": 1.5}  # fmt: skip
 
 
 def _only_first(eqn: Equation, place: int) -> None:
@@ -144,8 +238,15 @@ def _sort(eqn, place, operands):
     return 1.0
 
 
-def _logistic(eqn, place, operands):
-    return 0.25  # s' = s (1 - s)
+def _select_n(eqn, place, operands):
+    if place == 0:
+        raise unsupported(eqn, "lipschitz", f"the condition depends on the input; {_HINT}")
+    return 1.0
+
+
+def _elu(eqn, place, operands):
+    _only_first(eqn, place)
+    return jnp.maximum(1.0, _size(operands[1]))  # a exp(x) below 0
 
 
 def _leaky_relu(eqn, place, operands):
@@ -222,42 +323,89 @@ def _dot_general(eqn, place, operands):
         blocks = jnp.transpose(kernel, (*paired, *contracted, *free)).reshape(sizes)
         return jnp.max(jax.lax.map(constants.dense, blocks))
 
-    return _norm(operands[1 - place], norm)
+    return proved(norm, operands[1 - place])
 
 
 def _conv(eqn, place, operands):
     _only_first(eqn, place)
     params, dims = eqn.params, eqn.params["dimension_numbers"]
+    if params["batch_group_count"] != 1:
+        raise unsupported(eqn, "lipschitz", "use feature_group_count instead of batch groups")
     out, into, *window = dims.rhs_spec
+    kernel = jax.tree.map(lambda k: jnp.transpose(k, (*window, into, out)), operands[1])
     shape = eqn.inputs[0].shape
 
     def norm(kernel):
         return constants.conv(
-            jnp.transpose(kernel, (*window, into, out)),
+            kernel,
             [shape[axis] for axis in (*dims.lhs_spec[2:], dims.lhs_spec[1])],
             strides=params["window_strides"],
             padding=params["padding"],
             input_dilation=params["lhs_dilation"],
             kernel_dilation=params["rhs_dilation"],
-            feature_group_count=params["feature_group_count"] * params["batch_group_count"],
+            feature_group_count=params["feature_group_count"],
         )
 
-    return _norm(operands[1], norm)
+    return proved(norm, kernel)
 
 
-RULES.update(dict.fromkeys(_ONE.split(), _one))
-RULES.update(
-    clamp=_clamp,
-    pad=_pad,
-    sort=_sort,
-    logistic=_logistic,
-    leaky_relu=_leaky_relu,
-    mul=_mul,
-    div=_div,
-    broadcast_in_dim=_broadcast,
-    reduce_sum=_reduce_sum,
-    reduce_window_sum=_window_sum,
-    reduce_window_max=_window_max,
-    dot_general=_dot_general,
-    conv_general_dilated=_conv,
-)
+# --- the same in Linf -----------------------------------------------------------------------------
+# Copies change as much as their originals; a sum of n entries by at most n times the largest
+# change, a weighted one by the sum of the absolute weights.
+
+
+def _row_sum(eqn, place, operands):
+    return float(math.prod(eqn.inputs[0].shape) // math.prod(eqn.outputs[0].shape))
+
+
+def _window_size(eqn, place, operands):
+    return float(math.prod(eqn.params["window_dimensions"]))
+
+
+def _absolute_sum(kernel: Value, axes: tuple[int, ...]) -> Array:
+    size = jnp.maximum(jnp.abs(lower(kernel)), jnp.abs(upper(kernel)))
+    n = math.prod(size.shape[axis] for axis in axes)
+    # A sum of n numbers that may be stored as denormals, which XLA:CPU reads as 0.
+    return jnp.max(jnp.sum(size, axes)) * (1 + 2 * (n + 4) * UNIT) + n * 2.0**-125
+
+
+def _dot_general_linf(eqn, place, operands):
+    contracting, _ = eqn.params["dimension_numbers"]
+    return _absolute_sum(operands[1 - place], contracting[1 - place])
+
+
+def _conv_linf(eqn, place, operands):
+    _only_first(eqn, place)
+    if eqn.params["batch_group_count"] != 1:
+        raise unsupported(eqn, "lipschitz", "use feature_group_count instead of batch groups")
+    return _absolute_sum(operands[1], eqn.params["dimension_numbers"].rhs_spec[1:])
+
+
+def _is(slope: float) -> Rule:
+    return lambda eqn, place, operands: slope
+
+
+define(_ONE, _is(1.0))
+for _name, _slope in _STEEPEST.items():
+    define(_name, _is(_slope))
+define("clamp", _clamp)
+define("pad", _pad)
+define("sort", _sort)
+define("select_n", _select_n)
+define("leaky_relu", _leaky_relu)
+define("elu", _elu)
+define("mul", _mul)
+define("div", _div)
+
+define("broadcast_in_dim", _broadcast, 2)
+define("reduce_sum", _reduce_sum, 2)
+define("reduce_window_sum", _window_sum, 2)
+define("reduce_window_max", _window_max, 2)
+define("dot_general", _dot_general, 2)
+define("conv_general_dilated", _conv, 2)
+
+define("broadcast_in_dim reduce_window_max", _is(1.0), math.inf)
+define("reduce_sum", _row_sum, math.inf)
+define("reduce_window_sum", _window_size, math.inf)
+define("dot_general", _dot_general_linf, math.inf)
+define("conv_general_dilated", _conv_linf, math.inf)

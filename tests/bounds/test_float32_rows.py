@@ -147,7 +147,7 @@ SETS = {
     ("f", "name"),
     [
         pytest.param(padding_after_a_bias, "l1 cut", marks=pytest.mark.slow),
-        (residual_with_strided_shortcut, "linf"),
+        pytest.param(residual_with_strided_shortcut, "linf", marks=pytest.mark.slow),
         pytest.param(a_bias_per_position, "box", marks=pytest.mark.slow),
         (average_pool, "l2"),
     ],

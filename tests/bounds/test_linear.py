@@ -343,7 +343,7 @@ def test_affine_models_have_exact_bounds():
         assert (np.asarray(loose.upper - loose.lower) > 1.2 * 2 * reach).all()
 
 
-@pytest.mark.parametrize("method", [crown, forward_linear])
+@pytest.mark.parametrize("method", [crown, pytest.param(forward_linear, marks=pytest.mark.slow)])
 def test_a_broken_example_does_not_touch_the_others(method):
     """A NaN, or an example with huge activations, next to one that is fine."""
     x = jnp.tile(jnp.asarray(inputs(1)), (3, 1))

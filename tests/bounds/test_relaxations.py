@@ -229,7 +229,14 @@ def test_every_function_is_checked():
     assert names == set(LINES)
 
 
-@pytest.mark.parametrize("case", CASES)
+# Every second function: the others run with `-m ''`.
+EVERY_SECOND = [
+    pytest.param(case, marks=pytest.mark.slow if place % 2 else ())
+    for place, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize("case", EVERY_SECOND)
 def test_sound(case):
     """In float32 up to its rounding, in a proof up to that of the float64 values compared with."""
     l, u = boxes(case, 0)

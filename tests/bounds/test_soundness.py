@@ -66,6 +66,9 @@ NOT_AS_A_PROOF = {
 
 
 SLOW = pytest.mark.slow
+OTHERS_RUN = {
+    ("resnet_linen", "box"), ("mlp_relu", "l2_valid"), ("mlp_relu", "box"), ("rematted_nnx", "l1"),
+}  # fmt: skip
 LARGE = {
     "resnet_nnx", "resnet_linen", "attention", "attention_masked_by_minus_inf", "recurrent",
     "convolutions", "arithmetic", "log_probabilities", "tokens_merged_with_batch",
@@ -85,7 +88,11 @@ def _inputs(shape):
     ("method", "model", "name"),
     [
         *(pytest.param("ibp", *case, marks=SLOW if case[0] in LARGE else ()) for case in CASES),
-        *((method, *case) for method, cases in LINEAR_CASES.items() for case in cases),
+        *(
+            pytest.param(method, *case, marks=SLOW if case in OTHERS_RUN else ())
+            for method, cases in LINEAR_CASES.items()
+            for case in cases
+        ),
         *(pytest.param(*case, marks=SLOW) for case in sorted(NOT_AS_A_PROOF)),
     ],
 )

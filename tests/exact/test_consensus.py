@@ -9,7 +9,7 @@ from jaxcert.cli.answers import answer
 from jaxcert.io import onnx, vnnlib
 
 CHOSEN = {
-    "acasxu": [("1_1", "prop_1."), ("1_2", "prop_2."), ("3_3", "prop_9."), ("1_7", "prop_3.")],
+    "acasxu": [("3_3", "prop_9.")],
     "rl_benchmarks": [("cartpole", "unsafe_1."), ("dubinsrejoin", "unsafe_25.")],
     "mnist_fc": [("256x2", "prop_0_0.03"), ("256x2", "prop_1_0.05")],
 }

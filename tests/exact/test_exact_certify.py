@@ -35,6 +35,7 @@ def test_distances_enclose_what_enumeration_finds():
             assert np.argmax(f(found.example[i][None])) != label
 
 
+@pytest.mark.slow
 def test_certificates_are_those_that_enumeration_gives():
     weights = random_weights(11)
     f = net(weights)

@@ -95,7 +95,7 @@ SLOW = pytest.mark.slow
         pytest.param(L2Ball, False, marks=SLOW),
         (L2Ball, True),
         pytest.param(L1Ball, False, marks=SLOW),
-        (L1Ball, True),
+        pytest.param(L1Ball, True, marks=SLOW),
     ],
 )
 def test_leaves_of_balls_are_settled_close_to_their_least_value(ball, valid):

@@ -67,6 +67,7 @@ def test_ranges_hold_and_are_tighter():
     assert now - exact < 0.5 * (was - exact)
 
 
+@pytest.mark.slow
 def test_the_first_layer_is_not_touched():
     weights = random_weights(7)
     before, after = ranges_of(net(weights), 1)
@@ -86,6 +87,7 @@ def residual(weights, x):
     return jnp.maximum(residual_values(weights, x)[-1], 0)[:, :2]
 
 
+@pytest.mark.slow
 def test_slopes_of_all_layers_in_one_pass():
     """Rows of several layers are pulled back together through skip connections."""
     rng = np.random.default_rng(3)

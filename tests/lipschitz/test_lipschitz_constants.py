@@ -21,20 +21,35 @@ def exact_dense(kernel):
     return np.ldexp(np.linalg.norm(np.ldexp(kernel, -shift), 2), shift)
 
 
-def exact_conv(kernel, input_shape, padding="SAME", dilation=None):
+def exact_conv(kernel, input_shape, padding="SAME", **options):
     """The layer as a matrix, column by column in float64 numpy arithmetic of XLA, then its SVD."""
     rank = len(input_shape) - 1
     spatial = "DHW"[3 - rank :]
-    dilation = dilation or (1,) * rank
+    names = {"kernel_dilation": "rhs_dilation", "input_dilation": "lhs_dilation"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    if "lhs_dilation" in options:
+        padding = [(k - 1, k - 1) for k in kernel.shape[:rank]]
+    strides = options.pop("strides", 1)
+    strides = (strides,) * rank if isinstance(strides, int) else strides
     with jax.enable_x64(True):
         size = int(np.prod(input_shape))
+        images = jnp.eye(size).reshape(size, *input_shape)
+        if padding == "CIRCULAR":
+            reach = [
+                (d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2)
+                for k, d in zip(
+                    kernel.shape, options.get("rhs_dilation", (1,) * rank), strict=False
+                )
+            ]
+            images = np.pad(np.asarray(images), [(0, 0), *reach, (0, 0)], mode="wrap")
+            padding = "VALID"
         out = jax.lax.conv_general_dilated(
-            jnp.eye(size).reshape(size, *input_shape),
+            images,
             jnp.asarray(np.asarray(kernel, np.float64)),
-            window_strides=(1,) * rank,
+            window_strides=strides,
             padding=padding,
-            rhs_dilation=dilation,
             dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            **options,
         )
         return np.linalg.norm(np.asarray(out).reshape(size, -1), 2)
 
@@ -128,6 +143,17 @@ GAUSSIAN = {
     "dilated": ((3, 3, 3, 3), (8, 8, 3), {"kernel_dilation": (2, 1)}),
     "window of one": ((1, 1, 6, 4), (5, 5, 6), {}),
     "window larger than the input": ((7, 7, 2, 2), (4, 4, 2), {}),
+    "stride 2": ((3, 3, 3, 4), (8, 8, 3), {"strides": 2}),
+    "strides that leave a rest": ((4, 3, 2, 3), (9, 8, 2), {"strides": (3, 2)}),
+    "stride larger than the window": ((2, 3, 4), (11, 3), {"strides": 3}),
+    "groups": ((3, 3, 2, 6), (7, 7, 6), {"feature_group_count": 3}),
+    "depthwise, stride 2": ((3, 3, 1, 4), (8, 8, 4), {"feature_group_count": 4, "strides": 2}),
+    "dilated, stride 2": ((3, 3, 2, 2), (9, 9, 2), {"strides": 2, "kernel_dilation": (2, 3)}),
+    "transposed": ((3, 3, 3, 2), (6, 6, 3), {"input_dilation": (2, 2)}),
+    "transposed, unequal": ((4, 2, 2, 2), (4, 5, 2), {"input_dilation": (1, 3)}),
+    "circular": ((3, 3, 3, 4), (7, 6, 3), {"padding": "CIRCULAR"}),
+    "circular, stride 2": ((3, 3, 2, 3), (8, 6, 2), {"padding": "CIRCULAR", "strides": 2}),
+    "circular, dilated": ((3, 2, 3), (9, 2), {"padding": "CIRCULAR", "kernel_dilation": (2,)}),
 }
 
 
@@ -137,12 +163,14 @@ def test_conv_is_an_upper_bound(name, positive):
     shape, input_shape, options = GAUSSIAN[name]
     kernel = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     kernel = np.abs(kernel) if positive else kernel
-    dilation = options.get("kernel_dilation")
-    exact = exact_conv(kernel, input_shape, dilation=dilation)
+    exact = exact_conv(kernel, input_shape, **options)
     bound = float64(lipschitz.conv, kernel, input_shape, **options)
     assert exact * (1 - 1e-14) <= bound
+    if options.get("padding") == "CIRCULAR":
+        assert bound <= exact * (1 + 1e-9)
     # Few positions per axis weigh the border more: up to 3 where the window is larger.
     factor = 3.2 if shape[0] > input_shape[0] else 1.6 if len(shape) == 5 else 1.25
+    factor = 1.4 if "stride" in name else factor  # up to one more block of pixels per axis
     assert bound <= factor * exact
 
 
@@ -153,11 +181,13 @@ def test_conv_is_within_a_tenth_of_the_exact_norm_on_8_by_8():
     assert exact <= bound <= 1.1 * exact
 
 
+@pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", [(2, 2), (2, 2)], [(0, 2), (1, 0)]])
-def test_one_bound_covers_every_zero_padding(padding):
+def test_one_bound_covers_every_zero_padding(padding, strides):
     kernel = np.abs(np.random.default_rng(3).normal(size=(3, 3, 2, 2))).astype(np.float32)
-    exact = exact_conv(kernel, (6, 5, 2), padding)
-    assert exact <= float64(lipschitz.conv, kernel, (6, 5, 2), padding=padding)
+    exact = exact_conv(kernel, (6, 5, 2), padding, strides=strides)
+    bound = float64(lipschitz.conv, kernel, (6, 5, 2), padding=padding, strides=strides)
+    assert exact <= bound
 
 
 def test_the_norm_of_the_reshaped_kernel_is_no_bound_and_is_not_what_is_returned():
@@ -187,11 +217,9 @@ def test_conv_is_the_largest_norm_over_the_frequencies_chunk_by_chunk(monkeypatc
 @pytest.mark.parametrize(
     ("option", "name"),
     [
-        ({"strides": 2}, "strides=2"),
-        ({"strides": (1, 2)}, "strides"),
-        ({"feature_group_count": 2}, "feature_group_count=2"),
-        ({"input_dilation": 2}, "input_dilation=2"),
-        ({"padding": "CIRCULAR"}, "CIRCULAR"),
+        ({"strides": 2, "input_dilation": 2}, "use strides or input dilation"),
+        ({"strides": 3, "padding": "CIRCULAR"}, "do not divide"),
+        ({"input_dilation": 2, "padding": "CIRCULAR"}, "zero padding"),
         ({"padding": "REFLECT"}, "REFLECT"),
     ],
 )
@@ -210,6 +238,11 @@ def test_what_has_no_proof_raises_and_is_named(option, name):
         (lambda: lipschitz.conv(jnp.ones((3, 3, 2, 2)), (1, 8, 8, 2)), ValueError, "batch axis"),
         (lambda: lipschitz.conv(jnp.ones((3, 3, 2, 2)), (8, 8, 3)), ValueError, "c_in=2"),
         (lambda: lipschitz.conv(jnp.ones((3, 2)), (8, 2)), ValueError, "window"),
+        (
+            lambda: lipschitz.conv(jnp.ones((3, 2, 2)), (8, 4), feature_group_count=3),
+            ValueError,
+            "divide the 2 output channels",
+        ),
         (
             lambda: lipschitz.conv(jnp.ones((3, 2, 2)), (8, 2), kernel_dilation=(1, 1)),
             ValueError,
@@ -245,6 +278,7 @@ def test_constants_are_the_same_under_jit_and_vmap():
         (lipschitz.dense, (6, 4)),
         (lambda w: lipschitz.conv(w, (6, 5, 3)), (3, 2, 3, 2)),
         (lambda w: lipschitz.conv(w, (7, 2), kernel_dilation=2), (3, 2, 2)),
+        (lambda w: lipschitz.conv(w, (7, 4), strides=2, feature_group_count=2), (3, 2, 4)),
     ],
 )
 def test_gradients_match_finite_differences(norm, shape):
@@ -274,3 +308,37 @@ def test_forward_derivatives_agree_with_backward_ones():
     w, t = (jnp.asarray(x, jnp.float32) for x in np.random.default_rng(4).normal(size=(2, 4, 3)))
     _, tangent = jax.jvp(lipschitz.dense, (w,), (t,))
     np.testing.assert_allclose(tangent, jnp.vdot(jax.grad(lipschitz.dense)(w), t), rtol=1e-5)
+
+
+# --- cheap bounds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_cheap_bounds_are_above_the_norm_and_as_near_as_they_say(name):
+    kernel = MATRICES[name].astype(np.float32)
+    exact = exact_dense(kernel)
+    gram = float64(lipschitz.gram_bound, kernel)
+    near = min(kernel.shape) ** (1 / 128)
+    assert exact * (1 - 1e-15) <= gram <= exact * near * (1 + 1e-9) + 1e-35
+    circles = float64(lipschitz.gershgorin_bound, kernel)
+    assert exact * (1 - 1e-15) <= circles
+    rows = np.max(np.sum(np.abs(kernel.astype(np.float64).T @ kernel.astype(np.float64)), axis=1))
+    np.testing.assert_allclose(circles, np.sqrt(rows), rtol=1e-9, atol=1e-35)
+
+
+def test_gershgorins_circles_hold_for_every_padding_stride_and_dilation():
+    kernel = np.abs(np.random.default_rng(3).normal(size=(3, 3, 2, 3))).astype(np.float32)
+    bound = float64(lipschitz.gershgorin_bound, kernel)
+    for options in ({}, {"strides": 2}, {"kernel_dilation": (2, 2)}, {"padding": "CIRCULAR"}):
+        assert exact_conv(kernel, (7, 7, 2), **options) <= bound
+
+
+def test_cheap_bounds_have_gradients_and_fail_closed():
+    kernel = jnp.asarray(np.random.default_rng(5).normal(size=(6, 4)), jnp.float32)
+    for bound in (lipschitz.gram_bound, lipschitz.gershgorin_bound):
+        gradient = jax.jit(jax.grad(bound))(kernel)
+        # Homogeneous functions: <gradient, W> is the value.
+        np.testing.assert_allclose(jnp.vdot(gradient, kernel), bound(kernel), rtol=1e-4)
+        assert bound(kernel.at[1, 1].set(jnp.nan)) == jnp.inf
+    with pytest.raises(ValueError, match="at least 1 step"):
+        lipschitz.gram_bound(kernel, steps=0)
