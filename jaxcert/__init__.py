@@ -25,6 +25,7 @@ from jaxcert.errors import UnsupportedEquation as UnsupportedEquation
 from jaxcert.errors import UnsupportedOperator as UnsupportedOperator
 from jaxcert.errors import VnnlibError as VnnlibError
 from jaxcert.sets import Box as Box
+from jaxcert.sets import Grid as Grid
 from jaxcert.sets import L1Ball as L1Ball
 from jaxcert.sets import L2Ball as L2Ball
 from jaxcert.sets import LinfBall as LinfBall

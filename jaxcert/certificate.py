@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcert.floats import rounded_down
 from jaxcert.pytrees import pytree
-from jaxcert.sets import Box
+from jaxcert.sets import Box, Grid
 
 Array: TypeAlias = jax.Array
 
@@ -31,23 +31,24 @@ class Certificate:
       prediction: int (b,), or `ABSTAIN`.
       radius: float (b,), rounded down so that `<=` holds; 0 where nothing is proved.
       confidence: float (b,): 1 for a proof, 1 - alpha per input for smoothing.
-      norm: the threat's norm as numpy's `ord` (inf, 2, 1, 0); static.
-      within: the `Box` x' must lie in, or None for no restriction.
+      norm: the threat's norm as numpy's `ord` (inf, 2, 1, 0), or a threat that no norm names, such
+        as an `Ellipsoid`; static.
+      within: the `Box` or `Grid` x' must lie in, or None for no restriction.
     """
 
     prediction: Array
     radius: Array
     confidence: Array
-    norm: float = dataclasses.field(metadata={"static": True})
-    within: Box | None = None
+    norm: Any = dataclasses.field(metadata={"static": True})
+    within: Box | Grid | None = None
 
 
 def issue(
     prediction: Array,
     radius: Array,
     *,
-    norm: float,
-    within: Box | None = None,
+    norm: Any,
+    within: Box | Grid | None = None,
     confidence: Any = 1.0,
 ) -> Certificate:
     """The one place certificates are made, so that every certifier fails closed the same way.

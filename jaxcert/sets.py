@@ -34,6 +34,20 @@ class Box:
     upper: Any
 
 
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All x whose coordinates are integers divided by `levels`: pixel values k / 255.
+
+    A floating point number stands for the integer that it is nearest to.
+
+    Attributes:
+      levels: grid points per unit; static.
+    """
+
+    levels: int = dataclasses.field(metadata={"static": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ball:
     """What the three balls share.

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "evaluate": WORDS,
     "attacks": WORDS,
     "exact": WORDS | GRAPH | {"bounds", "attacks", "io"},
-    "training": WORDS | GRAPH | {"bounds", "lipschitz"},
+    "training": WORDS | GRAPH | {"bounds", "lipschitz", "smoothing"},
     "io": WORDS | GRAPH,
     "cli": WORDS | {"exact", "io"},
     "__main__": {"cli"},

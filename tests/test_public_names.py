@@ -10,7 +10,7 @@ import jaxcert.training
 
 NAMES = {
     jaxcert: """
-        ABSTAIN AllOf AnyOf Box Certificate DataDependent JaxcertError L1Ball L2Ball LinfBall
+        ABSTAIN AllOf AnyOf Box Certificate DataDependent Grid JaxcertError L1Ball L2Ball LinfBall
         MixedRows NotProved Polytope ProofRejected Reason RecordMismatch Spec StatefulModel Status
         UnsupportedEquation UnsupportedOperator Verdict VnnlibError explain margins
     """,
@@ -20,7 +20,11 @@ NAMES = {
     """,
     jaxcert.exact: "Budget Distance Progress certify decide_within distance verify",
     jaxcert.smoothing: """
-        Gaussian Noise SmoothingPlan certify clopper_pearson_lower predict
+        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries Decisions
+        Ellipsoid ExpInf FixedSize Gaussian GridGaussian Hybrid Laplace Noise PowInf
+        SequentialPlan SequentialTest SmoothingPlan Splitting StagedClopperPearson Uniform
+        UniformBall UnionBound Votes betting_lower bound certify certify_at class_bounds
+        clopper_pearson clopper_pearson_lower clopper_pearson_upper count predict
     """,
     jaxcert.lipschitz: """
         certify certify_local constant conv dense eclipse_bound fast_multipliers gershgorin_bound

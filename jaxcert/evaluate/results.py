@@ -10,7 +10,7 @@ import numpy as np
 from jaxcert.certificate import Certificate
 from jaxcert.errors import RecordMismatch
 from jaxcert.evaluate import records
-from jaxcert.sets import Box
+from jaxcert.sets import Box, Grid
 
 Record: TypeAlias = dict[str, Any]
 
@@ -27,8 +27,8 @@ class Results:
       confidence: float64 (m,): 1 for a proof, 1 - alpha for smoothing.
       norm: the threat's norm as numpy's `ord`; a threat that no norm names is kept as its repr.
       seconds: float64 (m,), an equal share of its batch's wall time.
-      within: the `Box` the perturbed images must lie in, or None; its ends are scalars, or
-        (m, *input) where they differ.
+      within: the `Box` or `Grid` the perturbed images must lie in, or None; a box's ends are
+        scalars, or (m, *input) where they differ.
     """
 
     index: np.ndarray
@@ -38,7 +38,7 @@ class Results:
     confidence: np.ndarray
     norm: Any
     seconds: np.ndarray
-    within: Box | None = None
+    within: Box | Grid | None = None
 
 
 def load(path: str | os.PathLike[str]) -> Results:
@@ -120,8 +120,10 @@ def _row_of(within: Any, i: int) -> Record | None:
     """
     if within is None:
         return None
+    if isinstance(within, Grid):
+        return {"levels": within.levels}
     if not isinstance(within, Box):
-        raise TypeError(f"within must be a Box or None, got {type(within).__name__}")
+        raise TypeError(f"within must be a Box, a Grid or None, got {type(within).__name__}")
 
     def share(end: Any) -> Any:
         end = np.asarray(end, np.float64)
@@ -131,12 +133,16 @@ def _row_of(within: Any, i: int) -> Record | None:
     return {"lower": share(within.lower), "upper": share(within.upper)}
 
 
-def _joined(boxes: Sequence[Record | None]) -> Box | None:
-    rows = [box for box in boxes if box is not None]
+def _joined(regions: Sequence[Record | None]) -> Box | Grid | None:
+    rows = [region for region in regions if region is not None]
     if not rows:
         return None
-    if len(rows) < len(boxes):
+    if len(rows) < len(regions):
         raise RecordMismatch("some records are restricted to a box and some are not; split them")
+    if any("levels" in row for row in rows):
+        if any(row != rows[0] for row in rows):
+            raise RecordMismatch("the records are restricted to different grids; split them")
+        return Grid(rows[0]["levels"])
 
     def end(name: str) -> Any:
         values = np.stack(np.broadcast_arrays(*[np.asarray(row[name], np.float64) for row in rows]))

@@ -2,7 +2,8 @@
 
 Promises, whatever the chunk size, the batch and the order of its images:
 
-- noise number s of the image numbered i is `noise.sample(fold_in(fold_in(key, i), s))`;
+- copy number s of the image numbered i is `noise.perturb(fold_in(fold_in(key, i), s), x)`, with
+  i // group in the place of i where a plan shares noise over groups of images;
 - estimation takes the numbers 0, 1, ..., n - 1, and selection counts down from 2^32 - 1, so that
   the two never share a draw and a longer run starts with the draws of a shorter one;
 - the model is only ever run on batches of exactly `chunk` copies of one image, because the float
@@ -10,7 +11,7 @@ Promises, whatever the chunk size, the batch and the order of its images:
   partly used last batch is filled up with draws that are not counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 from jaxcert.certificate import ABSTAIN, predicted_class
 from jaxcert.errors import UnsupportedEquation
 from jaxcert.model import Model, Structure, output_shape, split
-from jaxcert.smoothing.noise import Noise, no_contraction
+from jaxcert.smoothing.affine import AffineFirst
+from jaxcert.smoothing.noise import Noise
+from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.tracing import trace_rows
 
 Array: TypeAlias = jax.Array
@@ -28,43 +31,99 @@ SMALL = 16
 
 
 def noisy_copies(key: Array, x: Array, numbers: Array, noise: Noise) -> Array:
-    """x (*input) plus noise number s, for every s of `numbers` (c,), as (c, *input).
+    """Noisy copy number s of x (*input), for every s of `numbers` (c,), as (c, ...).
 
     `key` is the image's own: `fold_in(key, i)`.
     """
 
     def draw(number: Array) -> Array:
-        return noise.sample(jax.random.fold_in(key, number), x.shape, x.dtype)
+        return noise.perturb(jax.random.fold_in(key, number), x)
 
+    return _one_by_one(draw, numbers, x)
+
+
+def _one_by_one(draw: Callable[[Array], Array], numbers: Array, x: Array) -> Array:
     # A few numbers per draw would be computed together with those of other draws, by other
     # instructions for other chunks; one draw at a time they are not.
-    draws = jax.lax.map(draw, numbers) if x.size < SMALL else jax.vmap(draw)(numbers)
-    return (x + no_contraction(draws)).astype(x.dtype)
+    return jax.lax.map(draw, numbers) if x.size < SMALL else jax.vmap(draw)(numbers)
 
 
 def count_votes(
-    key: Array, f: Model, x: Array, index: Array, *, noise: Noise, n: int, n0: int, chunk: int
+    key: Array,
+    f: Model,
+    x: Array,
+    index: Array,
+    plan: SmoothingPlan,
+    *,
+    n0: int,
+    share: tuple[Any, int] = (0, 1),
 ) -> tuple[Array, Array]:
     """How often f predicts each class under noise.
 
     A sample whose logits are not all finite votes for no class. At most `chunk` noisy copies exist
-    at a time, whatever b is: the memory is chunk (d + the activations of one forward pass per row)
-    floats, plus 2 k ints per image.
+    at a time, whatever b is (twice as many with plan.group > 1): the memory is
+    chunk (d + the activations of one forward pass per row) floats, plus 2 k ints per image.
 
     Args:
       key: a scalar `jax.random.key`.
       f: the model, (c, *input) -> (c, k).
       x: (b, *input).
       index: ints (b,), the numbers of the images.
-      noise: the distribution.
-      n, n0: draws for estimation and for selection, n + n0 < 2^31.
-      chunk: rows of one forward pass.
+      plan: its noise, n, chunk and group count here. b must be a multiple of the group.
+      n0: draws for selection, besides the plan's n for estimation.
+      share: (i, m): count the i-th of every m chunks only.
 
     Returns:
       int32 (b, k) votes in the n draws, and (b, k) in the n0 draws.
     """
     key = threefry_key(key)
-    batch = jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
+    k = number_of_classes(f, plan.noise, x, plan.chunk)
+    first, step = share
+    chunks = -(-(plan.n + n0) // (plan.chunk * step))
+
+    def count_group(images: tuple[Array, Array]) -> Array:
+        pixels, numbers = images
+        group_key = jax.random.fold_in(key, numbers[0] // jnp.uint32(plan.group))
+
+        def count_chunk(c: Array, counts: Array) -> Array:
+            draw, stage = _schedule(first + step * c, plan.n, n0, plan.chunk)
+            classes = _classes(f, group_key, pixels, draw, plan.noise)
+            # Abstentions and draws beyond n + n0 fall out of the table.
+            classes = jnp.where(classes == ABSTAIN, k, classes)
+            image = jnp.arange(plan.group)[:, None]
+            return counts.at[image, stage[None], classes].add(1, mode="drop")
+
+        start = jnp.zeros((plan.group, 2, k), jnp.int32)
+        return jax.lax.fori_loop(0, chunks, count_chunk, start)
+
+    groups = (part.reshape(-1, plan.group, *part.shape[1:]) for part in (x, index))
+    counts = jax.lax.map(count_group, tuple(groups)).reshape(len(x), 2, k)
+    return counts[:, 0], counts[:, 1]
+
+
+def _classes(f: Model, key: Array, x: Array, numbers: Array, noise: Noise) -> Array:
+    """What f predicts for the noisy copies `numbers` (c,) of each of x (g, *input), as (g, c)."""
+    if len(x) == 1:
+        return predicted_class(f(noisy_copies(key, x[0], numbers, noise)))[None]
+
+    def draw(number: Array) -> Array:
+        return noise.sample(jax.random.fold_in(key, number), x.shape[1:], x.dtype)
+
+    drawn = _one_by_one(draw, numbers, x[0])
+    if isinstance(f, AffineFirst):
+        moved = f.linear(drawn)
+        return jax.lax.map(lambda each: predicted_class(f.rest(f.first(each[None]) + moved)), x)
+
+    def classes(each: Array) -> Array:
+        return predicted_class(f(jax.vmap(lambda one: noise.apply(each, one))(drawn)))
+
+    return jax.lax.map(classes, x)
+
+
+def number_of_classes(f: Model, noise: Noise, x: Array, chunk: int) -> int:
+    """k, from a batch of noisy copies of an image of x (b, *input)."""
+    copy = jax.eval_shape(noise.perturb, jax.random.key(0), x[0])
+    batch = jax.ShapeDtypeStruct((chunk, *copy.shape), copy.dtype)
     arrays, structure = split(f, batch)
     k = output_shape(structure, arrays, batch).shape[1]
     if k < 2:
@@ -72,23 +131,7 @@ def count_votes(
             f"the model must tell at least 2 classes apart, got logits of shape (b, {k}); "
             "for a single logit z return jnp.concatenate([-z, z], axis=1)"
         )
-    chunks = -(-(n + n0) // chunk)
-
-    def count_image(image: tuple[Array, Array]) -> Array:
-        pixels, number = image
-        image_key = jax.random.fold_in(key, number)
-
-        def count_chunk(c: Array, counts: Array) -> Array:
-            draw, stage = _schedule(c, n, n0, chunk)
-            classes = predicted_class(f(noisy_copies(image_key, pixels, draw, noise)))
-            # Abstentions and draws beyond n + n0 fall out of the table.
-            classes = jnp.where(classes == ABSTAIN, k, classes)
-            return counts.at[stage, classes].add(1, mode="drop")
-
-        return jax.lax.fori_loop(0, chunks, count_chunk, jnp.zeros((2, k), jnp.int32))
-
-    counts = jax.lax.map(count_image, (x, index))
-    return counts[:, 0], counts[:, 1]
+    return k
 
 
 def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array | bool:
@@ -97,6 +140,11 @@ def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int
     Proved from the model's equations where they can be followed; mixing raises. A model that cannot
     be followed is put to the test: all rows but the first are replaced, and the first row's logits
     must stay the same to the bit.
+
+    Args:
+      structure, arrays: the model.
+      x: (b, *input), such as the model receives.
+      chunk: rows of a batch.
 
     Raises:
       MixedRows, StatefulModel: see `jaxcert.errors`.

@@ -427,7 +427,13 @@ def _conv_net(w, x):
 
 
 @pytest.mark.parametrize(
-    ("f", "method"), [(mlp, crown_ibp), (mlp, crown), (_tanh_net, crown_ibp), (_conv_net, crown)]
+    ("f", "method"),
+    [
+        pytest.param(mlp, crown_ibp, marks=pytest.mark.slow),
+        (mlp, crown),
+        pytest.param(_tanh_net, crown_ibp, marks=pytest.mark.slow),
+        (_conv_net, crown),
+    ],
 )
 def test_gradients_are_those_of_finite_differences(f, method):
     with jax.enable_x64(True):

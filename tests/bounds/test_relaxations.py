@@ -229,11 +229,13 @@ def test_every_function_is_checked():
     assert names == set(LINES)
 
 
-# Every second function: the others run with `-m ''`.
-EVERY_SECOND = [
-    pytest.param(case, marks=pytest.mark.slow if place % 2 else ())
-    for place, case in enumerate(CASES)
-]
+def every_second(cases):
+    """The others run with `-m ''`."""
+    slow = pytest.mark.slow
+    return [pytest.param(case, marks=slow if i % 2 else ()) for i, case in enumerate(cases)]
+
+
+EVERY_SECOND = every_second(CASES)
 
 
 @pytest.mark.parametrize("case", EVERY_SECOND)
@@ -271,7 +273,7 @@ def test_sound_on_any_box(case, pairs):
     assert (above >= -slack).all()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_SECOND)
 def test_a_proof_holds_in_exact_arithmetic(case):
     """The stored lines against 60 digits, both sides as rationals."""
     l, u = boxes(case, 5)
@@ -303,7 +305,7 @@ def envelopes(x, y, m):
     return np.array(low), np.array(high)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY_SECOND)
 def test_tight(case):
     """At most 1.01 times the least area between lines, which is the least height at the centre.
 
@@ -357,7 +359,7 @@ def test_a_proof_costs_little(case):
         assert (np.abs(p - q) <= 1e-9 * scale).all()
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", every_second(PLAIN))
 def test_derivatives_are_those_of_finite_differences(case):
     """In l and in u, of a random sum of the four parts, but near where a line changes its kind."""
     rng = np.random.default_rng(2)

@@ -72,6 +72,7 @@ OTHERS_RUN = {
 LARGE = {
     "resnet_nnx", "resnet_linen", "attention", "attention_masked_by_minus_inf", "recurrent",
     "convolutions", "arithmetic", "log_probabilities", "tokens_merged_with_batch",
+    "mlp_activations", "norms",
 }  # fmt: skip
 
 

@@ -167,7 +167,10 @@ def _close(a, b):
     assert np.abs(a.upper - b.upper).max() <= 1e-5 * size
 
 
-SLOW = {transposed_convolution, branches, groups_and_dilation}
+SLOW = {
+    transposed_convolution, branches, groups_and_dilation, one_dimension, channels_first,
+    window_as_large_as_the_map,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def returning(certificate):
         (
             returning(Certificate(np.zeros(M, int), np.zeros(M), np.ones(M), 2.0, within="grid")),
             TypeError,
-            "within must be a Box or None, got str",
+            "within must be a Box, a Grid or None, got str",
         ),
     ],
 )

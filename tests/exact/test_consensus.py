@@ -16,7 +16,8 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize(
-    "benchmark", ["acasxu", "mnist_fc", pytest.param("rl_benchmarks", marks=pytest.mark.slow)]
+    "benchmark",
+    ["acasxu", *(pytest.param(b, marks=pytest.mark.slow) for b in ("mnist_fc", "rl_benchmarks"))],
 )
 def test_verdicts_are_those_of_the_consensus(data, benchmark):
     folder = data / "vnncomp"

@@ -114,7 +114,11 @@ def test_all_rows_must_hold():
 
 @pytest.mark.parametrize(
     ("ball", "split_inputs"),
-    [(L2Ball, True), (L2Ball, False), pytest.param(L1Ball, True, marks=pytest.mark.slow)],
+    [
+        pytest.param(L2Ball, True, marks=pytest.mark.slow),
+        (L2Ball, False),
+        pytest.param(L1Ball, True, marks=pytest.mark.slow),
+    ],
 )
 def test_balls_are_decided_around_their_least_value(ball, split_inputs):
     """f = |x_0| + |x_1| + x_0 over balls around (1, 1)."""

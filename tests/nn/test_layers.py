@@ -83,6 +83,7 @@ SLOW = pytest.mark.slow
 VARIANTS = {
     "BjorckDense, one step", "AOLConv, many channels", "AOLConv, groups", "AOLConv, dilation",
     "AOCConv, stride", "SpectralConv", "BjorckConv", "AOLConvTranspose", "SLLBlock, dense",
+    "CayleyDense", "AOLConv, circular", "BROConv",
     "SLLBlock, circular", "CPLBlock",
 }  # fmt: skip
 

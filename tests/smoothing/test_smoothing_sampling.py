@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcert.smoothing import Gaussian
+from jaxcert.smoothing import Gaussian, SmoothingPlan
 from jaxcert.smoothing.sampling import count_votes, noisy_copies, threefry_key
 
 NOISE = Gaussian(0.5)
@@ -21,7 +21,8 @@ def integer_net(z):
 def count(f=integer_net, x=X, index=None, key=None, n=50, n0=7, chunk=16):
     key = jax.random.key(5) if key is None else key
     index = jnp.arange(len(x), dtype=jnp.uint32) if index is None else index
-    call = jax.jit(lambda k, a, i: count_votes(k, f, a, i, noise=NOISE, n=n, n0=n0, chunk=chunk))
+    plan = SmoothingPlan(noise=NOISE, n=n, alpha=0.3, chunk=chunk)
+    call = jax.jit(lambda k, a, i: count_votes(k, f, a, i, plan, n0=n0))
     return [np.asarray(part) for part in call(key, jnp.asarray(x), index)]
 
 

@@ -117,6 +117,59 @@ def _lower_bound(k: Array, n: Array, alpha: Array) -> Array:
         return low
 
 
+def clopper_pearson_upper(successes: Any, n: Any, alpha: Any) -> Array:
+    """An upper bound on p that holds with probability 1 - alpha over successes ~ Binomial(n, p).
+
+    The exact one-sided bound of Clopper and Pearson (Biometrika 1934): the (1 - alpha)-quantile of
+    Beta(k + 1, n - k), so 1 - alpha^(1/n) at k = 0 and 1 at k = n. What is returned is never below
+    it.
+
+    Args:
+      successes: ints (...), k; anything outside [0, n] gives 1.
+      n: number of trials, below 2^31.
+      alpha: one minus the confidence; below 1e-300 the bound is 1.
+
+    Returns:
+      float64 (...).
+
+    Example:
+      >>> import numpy as np
+      >>> print(np.asarray(clopper_pearson_upper(0, 100, 0.001)).round(4))  # 1 - 0.001^(1/100)
+      0.0667
+    """
+    # The failures are Binomial(n, 1 - p), so that U(k) = 1 - L(n - k).
+    with jax.enable_x64(True):
+        failures = jnp.asarray(n, jnp.float64) - jnp.asarray(successes, jnp.float64)
+        lower = clopper_pearson_lower(failures, n, alpha)
+        # The difference is rounded to a neighbour of the exact one at most, and nextafter passes
+        # that; 1 is never too low.
+        return jnp.where(lower > 0, jnp.minimum(jnp.nextafter(1 - lower, jnp.inf), 1.0), 1.0)
+
+
+def clopper_pearson(successes: Any, n: Any, alpha: Any) -> tuple[Array, Array]:
+    """An interval that holds p with probability 1 - alpha over successes ~ Binomial(n, p).
+
+    Both one-sided bounds of Clopper and Pearson (Biometrika 1934), at alpha / 2 each.
+
+    Args:
+      successes, n, alpha: as for `clopper_pearson_lower`.
+
+    Returns:
+      (lower, upper), each float64 (...).
+
+    Example:
+      >>> import numpy as np
+      >>> print(np.asarray(clopper_pearson(5, 10, 0.05)).round(4))
+      [0.1871 0.8129]
+    """
+    with jax.enable_x64(True):
+        half = jnp.asarray(alpha, jnp.float64) / 2
+        return (
+            clopper_pearson_lower(successes, n, half),
+            clopper_pearson_upper(successes, n, half),
+        )
+
+
 def leader_is_certain(first: Any, second: Any, alpha: Any) -> Array:
     """Whether the class with `first` votes is the likelier of two, at confidence 1 - alpha.
 

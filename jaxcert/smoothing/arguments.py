@@ -1,0 +1,79 @@
+"""What the certifiers check of their arguments before they sample."""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcert.model import is_traced
+from jaxcert.smoothing.plan import SmoothingPlan
+
+Array: TypeAlias = jax.Array
+
+
+def checked(
+    key: Array, x: Any, plan: Any, index: Any, kind: type = SmoothingPlan
+) -> tuple[Array, Array]:
+    """x and the image numbers as arrays; whatever is wrong with the arguments raises here."""
+    if not isinstance(plan, kind):
+        raise TypeError(
+            f"plan must be a {kind.__name__}, got {type(plan).__name__}; "
+            f"type {kind.__name__}(noise=Gaussian(0.25), ...)"
+        )
+    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) or jnp.ndim(key):
+        raise TypeError(
+            "key must be one typed key and comes first: certify(jax.random.key(0), ...)"
+        )
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"x must be a floating point array, got {getattr(x, 'dtype', type(x).__name__)}; scale "
+            "it the way the model expects, e.g. x.astype(jnp.float32) / 255"
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must have a batch axis first, (b, *input); got shape {x.shape}: "
+            "write x[None] for one image"
+        )
+    index = _checked_index(index, x.shape[0])
+    _require_usable(x, index, plan)
+    return jnp.asarray(x), index
+
+
+def _checked_index(index: Any, b: int) -> Array:
+    if index is None:
+        return jnp.arange(b, dtype=jnp.uint32)
+    if not is_traced(index):
+        index = np.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"index must hold integers, got {index.dtype}; type jnp.arange({b})")
+    if index.shape != (b,):
+        raise ValueError(f"index must have one number per image, ({b},), got shape {index.shape}")
+    if not is_traced(index) and index.size and not 0 <= index.min() <= index.max() < 2**32:
+        raise ValueError("index must lie in [0, 2^32): pass the places of the images in their set")
+    return index.astype(jnp.uint32) if is_traced(index) else jnp.asarray(index.astype(np.uint32))
+
+
+def _require_usable(x: Any, index: Array, plan: Any) -> None:
+    """Raise where known images are off the grid or out of the range that the noise is for."""
+    if is_traced(x, index):
+        return
+    known = np.asarray(x)
+    finite = np.isfinite(known).all(axis=tuple(range(1, known.ndim)))
+    bad = np.flatnonzero(~np.asarray(plan.noise.usable(jnp.asarray(known))) & finite)
+    if bad.size:
+        values = known[bad[0]]
+        raise ValueError(
+            f"image {bad[0]} of the batch, with values from {values.min()} to {values.max()}, is "
+            f"none that {plan.noise} is defined for; round pixels to their grid, e.g. "
+            "jnp.round(255 * x) / 255, or take noise without one, e.g. Gaussian"
+        )
+    group = getattr(plan, "group", 1)
+    if group > 1:
+        whole = np.pad(np.asarray(index), (0, -len(x) % group), "edge").reshape(-1, group) // group
+        if not np.all(whole == whole[:, :1]):
+            raise ValueError(
+                f"group={group} shares noise among images whose index // {group} is the same, "
+                f"which must come together, in runs of {group}; pass index=jnp.arange(b), or type "
+                "group=1"
+            )

@@ -1,0 +1,68 @@
+"""Work on many devices: images along one axis of a mesh, draws along another.
+
+Every draw is numbered, so that which device makes it changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+Array: TypeAlias = jax.Array
+_Tree = TypeVar("_Tree")
+
+IMAGES, SAMPLES = "images", "samples"
+
+
+def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> Callable[..., _Tree]:
+    """`local(arrays, key, x, index)`, each device of the axis "images" with a part of x and index.
+
+    The results' first axis is that of x. Parts are multiples of `block` images; the last image is
+    repeated where they do not come out even.
+
+    Raises:
+      ValueError: for a mesh with other axes.
+    """
+    if mesh is None:
+        return local
+    unknown = set(mesh.axis_names) - {IMAGES, SAMPLES}
+    if unknown:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}; name them 'images' (to share the batch) and "
+            "'samples' (to share the draws), e.g. jax.make_mesh((2, 4), ('images', 'samples'))"
+        )
+    part = P(IMAGES) if IMAGES in mesh.axis_names else P()
+
+    def whole(arrays: Any, key: Array, x: Array, index: Array) -> _Tree:
+        padded = repeated(x, index, block * mesh.shape.get(IMAGES, 1))
+        # That results are equal along the axis "samples" is not visible to JAX through the loops.
+        run = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(), part, part), out_specs=part, check_vma=False
+        )
+        return jax.tree.map(lambda leaf: leaf[: len(x)], run(arrays, key, *padded))
+
+    return whole
+
+
+def repeated(x: Array, index: Array, block: int) -> tuple[Array, Array]:
+    """Images and their numbers, the last one repeated until they fill blocks."""
+    missing = -len(x) % block
+    filled = [jnp.concatenate([part, part[-1:].repeat(missing, 0)]) for part in (x, index)]
+    return filled[0], filled[1]
+
+
+def share(mesh: Mesh | None) -> tuple[Any, int]:
+    """(i, m): this device takes the i-th of every m chunks of draws. Within `over_images`."""
+    if mesh is None or SAMPLES not in mesh.axis_names:
+        return 0, 1
+    return jax.lax.axis_index(SAMPLES), mesh.shape[SAMPLES]
+
+
+def summed(votes: _Tree, mesh: Mesh | None) -> _Tree:
+    """Votes of all shares: the only numbers that devices send each other."""
+    if mesh is None or SAMPLES not in mesh.axis_names:
+        return votes
+    return jax.lax.psum(votes, SAMPLES)
