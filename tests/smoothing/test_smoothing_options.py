@@ -1,0 +1,192 @@
+"""What a plan may change: shared noise, the first layer apart, two bounds, devices; and Votes."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcert import smoothing
+from jaxcert.smoothing import AffineFirst, Gaussian, GridGaussian, Laplace, SmoothingPlan
+
+KEY = jax.random.key(5)
+WEIGHTS = np.random.default_rng(0).integers(-4, 5, (6, 3)).astype(np.float32)
+X = np.random.default_rng(1).integers(0, 3, (5, 6)).astype(np.float32)
+PLAN = SmoothingPlan(noise=Gaussian(0.5), n0=7, n=50, chunk=16, alpha=0.01)
+
+
+def integer_net(z):
+    """Exact on inputs rounded to integers, so the same in any batch shape."""
+    return jnp.round(4 * z) @ WEIGHTS
+
+
+def count(plan, f=integer_net, x=X, index=None):
+    votes = smoothing.count(KEY, f, x, plan, index=index)
+    return np.asarray(votes.selection), np.asarray(votes.estimation)
+
+
+def test_a_group_shares_the_noise_of_its_first_key():
+    """Image i sees the noise of key i // 2, which without groups is that of image i // 2."""
+    shared = count(dataclasses.replace(PLAN, group=2))
+    alone = [count(PLAN, x=X[i : i + 1], index=np.array([i // 2])) for i in range(5)]
+    for part in (0, 1):
+        assert np.array_equal(shared[part], np.concatenate([each[part] for each in alone]))
+    later = count(dataclasses.replace(PLAN, group=2), x=X[2:4], index=np.array([2, 3]))
+    assert np.array_equal(later[1], shared[1][2:4])
+
+
+@pytest.mark.parametrize("noise", [GridGaussian(0.5, levels=1), Laplace(0.5)])
+def test_any_noise_may_be_shared(noise):
+    plan = dataclasses.replace(PLAN, noise=noise)
+    shared = count(dataclasses.replace(plan, group=5))
+    alone = [count(plan, x=X[i : i + 1], index=np.array([0]))[1] for i in range(5)]
+    assert np.array_equal(shared[1], np.concatenate(alone))
+
+
+def test_images_of_different_groups_do_not_share():
+    plan = dataclasses.replace(PLAN, group=2)
+    with pytest.raises(ValueError, match="must come together, in runs of 2"):
+        count(plan, index=np.array([0, 1, 3, 4, 5]))
+    traced = jax.jit(lambda i: smoothing.count(KEY, integer_net, X, plan, index=i))
+    votes = traced(np.array([0, 1, 3, 4, 6]))
+    assert np.asarray(votes.estimation).sum(1).tolist() == [50, 50, 0, 0, 50]
+
+
+def test_the_first_layer_may_be_applied_apart():
+    """Integer weights: no rounding, so that the votes must be those of the whole model."""
+    first = jax.tree_util.Partial(lambda w, z: jnp.round(64 * z) @ w + 1, WEIGHTS)
+    with pytest.raises(ValueError, match=r"must be affine.*'round'"):
+        count(dataclasses.replace(PLAN, group=5), AffineFirst(first, jnp.sin))
+    with pytest.raises(ValueError, match="does not double"):
+        count(PLAN, AffineFirst(lambda z: z.astype(jnp.int32).astype(z.dtype), jnp.sin))
+    first = jax.tree_util.Partial(lambda w, z: z @ w + 1, WEIGHTS)
+
+    def rest(h):
+        return jnp.round(h)
+
+    plan = dataclasses.replace(PLAN, group=5, n=2000, chunk=100)
+    apart = count(plan, AffineFirst(first, rest))[1]
+    whole = count(plan, lambda z: rest(first(z)))[1]
+    assert np.abs(apart - whole).max() <= 2  # sums in another order round differently
+    assert (apart > 0).sum(1).max() > 1
+
+
+def test_bound_is_certify_and_takes_another_norm_and_level_from_the_same_votes():
+    votes = smoothing.count(KEY, integer_net, X, PLAN)
+    certificate = smoothing.certify(KEY, integer_net, X, PLAN)
+    again = smoothing.bound(votes, X, PLAN)
+    for a, b in zip(jax.tree.leaves(certificate), jax.tree.leaves(again), strict=True):
+        assert np.array_equal(a, b)
+    linf = dataclasses.replace(PLAN, noise=Gaussian(0.5, norm=np.inf))
+    found = smoothing.bound(votes, X, linf)
+    assert found.norm == np.inf
+    np.testing.assert_allclose(found.radius, certificate.radius / np.sqrt(6), rtol=1e-6)
+    strict = smoothing.bound(votes, X, dataclasses.replace(PLAN, alpha=1e-6))
+    assert (strict.radius <= certificate.radius).all()
+    assert (strict.radius < certificate.radius).any()
+
+
+def test_bounding_the_runner_up_certifies_without_a_majority():
+    """40 % of the votes against 12 times 5 %."""
+    estimation = np.array([[400] + 12 * [50]], np.int32)
+    votes = smoothing.Votes(jnp.asarray(estimation), jnp.asarray(estimation))
+    plan = SmoothingPlan(noise=Gaussian(0.5), n=1000)
+    x = np.zeros((1, 4), np.float32)
+    assert smoothing.bound(votes, x, plan).prediction[0] == -1
+    both = smoothing.bound(votes, x, dataclasses.replace(plan, runner_up=True))
+    assert both.prediction[0] == 0
+    assert 0.2 < both.radius[0] < 0.34  # that of 0.4 and 0.05 exactly
+
+
+MESHES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType
+from jaxcert import smoothing
+from jaxcert.smoothing import Gaussian, SequentialPlan, SmoothingPlan
+
+W = np.random.default_rng(0).integers(-4, 5, (6, 3)).astype(np.float32)
+X = np.random.default_rng(1).integers(0, 3, (5, 6)).astype(np.float32)
+f = lambda z: jnp.round(4 * z) @ W
+key = jax.random.key(5)
+plan = SmoothingPlan(noise=Gaussian(0.5), n0=7, n=50, chunk=4, alpha=0.01)
+grouped = SmoothingPlan(noise=Gaussian(0.5), n0=7, n=50, chunk=4, alpha=0.01, group=2)
+until = SequentialPlan(noise=Gaussian(0.5), radii=(0.1,), n0=10, n=600, peek=20, slots=2)
+
+def mesh(*shape, axes):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+
+def same(run, mesh):
+    found, reference = jax.tree.leaves(run(mesh)), jax.tree.leaves(run(None))
+    assert len(found[0].sharding.device_set) == mesh.size, found[0].sharding
+    for a, b in zip(found, reference, strict=True):
+        assert np.array_equal(a, b), (mesh, a, b)
+
+assert len(jax.devices()) == 8
+two, both = mesh(2, axes=("samples",)), mesh(2, 4, axes=("images", "samples"))
+same(lambda mesh: smoothing.count(key, f, X, plan, mesh=mesh), two)
+same(lambda mesh: smoothing.count(key, f, X, grouped, mesh=mesh), both)
+same(lambda mesh: smoothing.certify_at(key, f, X, until, mesh=mesh), both)
+try:
+    smoothing.count(key, f, X, plan, mesh=jax.make_mesh((8,), ("data",)))
+except ValueError as error:
+    assert "name them 'images'" in str(error)
+else:
+    raise AssertionError("a mesh with other axes passed")
+print("equal")
+"""
+
+PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jaxcert import smoothing
+from jaxcert.smoothing import Gaussian, SmoothingPlan
+W = np.random.default_rng(0).integers(-4, 5, (6, 3)).astype(np.float32)
+X = np.random.default_rng(1).integers(0, 3, (4, 6)).astype(np.float32)
+f = jax.tree_util.Partial(lambda w, z: jnp.round(4 * z) @ w, W)
+plan = SmoothingPlan(noise=Gaussian(0.5), n0=7, n=50, chunk=4, alpha=0.01)
+assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
+mesh = jax.make_mesh((2,), ("samples",), axis_types=(AxisType.Auto,))
+votes = smoothing.count(jax.random.key(5), f, X, plan, mesh=mesh)
+print("votes", np.asarray(votes.estimation).tolist(), np.asarray(votes.selection).tolist())
+"""
+
+
+def started(program, *arguments, devices=1):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_votes_are_the_same_on_one_two_and_eight_devices():
+    out, err = started(MESHES, devices=8).communicate(timeout=300)
+    assert out.strip() == "equal", err[-2000:]
+
+
+def test_votes_are_the_same_from_two_processes(free_port):
+    both = [started(PROCESSES, f"localhost:{free_port}", str(i)) for i in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    x = np.random.default_rng(1).integers(0, 3, (4, 6)).astype(np.float32)
+    plan = dataclasses.replace(PLAN, chunk=4)
+    selection, estimation = count(plan, x=x)
+    for out, err in said:
+        expected = f"votes {estimation.tolist()} {selection.tolist()}"
+        assert out.strip().splitlines()[-1:] == [expected], err[-2000:]
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
