@@ -35,3 +35,4 @@ from jaxcert.smoothing.plan import SmoothingPlan as SmoothingPlan
 from jaxcert.smoothing.sequential import Decisions as Decisions
 from jaxcert.smoothing.sequential import SequentialPlan as SequentialPlan
 from jaxcert.smoothing.sequential import certify_at as certify_at
+from jaxcert.smoothing.splitting import certify_splitting as certify_splitting

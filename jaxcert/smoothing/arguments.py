@@ -21,10 +21,23 @@ def checked(
             f"plan must be a {kind.__name__}, got {type(plan).__name__}; "
             f"type {kind.__name__}(noise=Gaussian(0.25), ...)"
         )
+    require_key(key)
+    x = require_images(x)
+    index = _checked_index(index, x.shape[0])
+    _require_usable(x, index, plan)
+    return x, index
+
+
+def require_key(key: Any) -> None:
+    """Raise unless it is one typed key."""
     if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) or jnp.ndim(key):
         raise TypeError(
             "key must be one typed key and comes first: certify(jax.random.key(0), ...)"
         )
+
+
+def require_images(x: Any) -> Array:
+    """Images (b, *input) as a JAX array, or an error that says what they should be."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"x must be a floating point array, got {getattr(x, 'dtype', type(x).__name__)}; scale "
@@ -35,9 +48,7 @@ def checked(
             f"x must have a batch axis first, (b, *input); got shape {x.shape}: "
             "write x[None] for one image"
         )
-    index = _checked_index(index, x.shape[0])
-    _require_usable(x, index, plan)
-    return jnp.asarray(x), index
+    return jnp.asarray(x)
 
 
 def _checked_index(index: Any, b: int) -> Array:
@@ -58,16 +69,7 @@ def _require_usable(x: Any, index: Array, plan: Any) -> None:
     """Raise where known images are off the grid or out of the range that the noise is for."""
     if is_traced(x, index):
         return
-    known = np.asarray(x)
-    finite = np.isfinite(known).all(axis=tuple(range(1, known.ndim)))
-    bad = np.flatnonzero(~np.asarray(plan.noise.usable(jnp.asarray(known))) & finite)
-    if bad.size:
-        values = known[bad[0]]
-        raise ValueError(
-            f"image {bad[0]} of the batch, with values from {values.min()} to {values.max()}, is "
-            f"none that {plan.noise} is defined for; round pixels to their grid, e.g. "
-            "jnp.round(255 * x) / 255, or take noise without one, e.g. Gaussian"
-        )
+    require_all(plan.noise.usable(x), x, plan.noise)
     group = getattr(plan, "group", 1)
     if group > 1:
         whole = np.pad(np.asarray(index), (0, -len(x) % group), "edge").reshape(-1, group) // group
@@ -77,3 +79,19 @@ def _require_usable(x: Any, index: Array, plan: Any) -> None:
                 f"which must come together, in runs of {group}; pass index=jnp.arange(b), or type "
                 "group=1"
             )
+
+
+def require_all(usable: Array, x: Array, what: Any) -> None:
+    """Raise where known, finite images x (b, *input) are none that a scheme is defined for."""
+    if is_traced(usable, x):
+        return
+    known = np.asarray(x)
+    finite = np.isfinite(known).all(axis=tuple(range(1, known.ndim)))
+    bad = np.flatnonzero(~np.asarray(usable) & finite)
+    if bad.size:
+        values = known[bad[0]]
+        raise ValueError(
+            f"image {bad[0]} of the batch, with values from {values.min()} to {values.max()}, is "
+            f"none that {what} is defined for; round pixels to their grid, e.g. "
+            "jnp.round(255 * x) / 255, or take noise without one, e.g. Gaussian"
+        )

@@ -22,7 +22,7 @@ from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, le
 from jaxcert.smoothing.devices import over_images, repeated, share, summed
 from jaxcert.smoothing.noise import Additive
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import count_votes, rows_apart
+from jaxcert.smoothing.sampling import a_copy, count_votes, rows_apart
 
 Array: TypeAlias = jax.Array
 
@@ -198,8 +198,8 @@ def _count(
 
     whole = repeated(x, index, plan.group)
     votes = over_images(counted, mesh, plan.group)(arrays, key, *whole)
-    copy = plan.noise.perturb(jax.random.key(0), x[0])
-    usable = plan.noise.usable(x) & rows_apart(structure, arrays, copy[None], plan.chunk)
+    usable = plan.noise.usable(x)
+    usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.chunk)
     usable &= _in_one_group(whole[1], plan.group)[: len(x)]
     estimation, selection = (jnp.where(usable[:, None], part[: len(x)], 0) for part in votes)
     return Votes(selection, estimation)

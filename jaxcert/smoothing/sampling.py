@@ -77,7 +77,7 @@ def count_votes(
       int32 (b, k) votes in the n draws, and (b, k) in the n0 draws.
     """
     key = threefry_key(key)
-    k = number_of_classes(f, plan.noise, x, plan.chunk)
+    k = number_of_classes(f, a_copy(plan.noise, x), plan.chunk)
     first, step = share
     chunks = -(-(plan.n + n0) // (plan.chunk * step))
 
@@ -120,10 +120,14 @@ def _classes(f: Model, key: Array, x: Array, numbers: Array, noise: Noise) -> Ar
     return jax.lax.map(classes, x)
 
 
-def number_of_classes(f: Model, noise: Noise, x: Array, chunk: int) -> int:
-    """k, from a batch of noisy copies of an image of x (b, *input)."""
-    copy = jax.eval_shape(noise.perturb, jax.random.key(0), x[0])
-    batch = jax.ShapeDtypeStruct((chunk, *copy.shape), copy.dtype)
+def a_copy(noise: Noise, x: Array) -> Array:
+    """A batch (1, *copy) of what the model receives of x (b, *input)."""
+    return noise.perturb(jax.random.key(0), x[0])[None]
+
+
+def number_of_classes(f: Model, x: Any, rows: int) -> int:
+    """k, from the shapes alone, for batches of so many rows such as x (b, *input)."""
+    batch = jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
     arrays, structure = split(f, batch)
     k = output_shape(structure, arrays, batch).shape[1]
     if k < 2:

@@ -18,7 +18,13 @@ from jaxcert.smoothing.confidence import Boundaries, Hybrid, SequentialTest
 from jaxcert.smoothing.devices import over_images
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import require_alpha, require_counts, require_noise
-from jaxcert.smoothing.sampling import noisy_copies, number_of_classes, rows_apart, threefry_key
+from jaxcert.smoothing.sampling import (
+    a_copy,
+    noisy_copies,
+    number_of_classes,
+    rows_apart,
+    threefry_key,
+)
 
 Array: TypeAlias = jax.Array
 
@@ -214,10 +220,8 @@ def _decide(
         return _run(key, rebuilt(structure, arrays), x, index, boundaries, plan)
 
     found = over_images(run, mesh, 1)(arrays, key, x, index)
-    rows = jax.eval_shape(plan.noise.perturb, jax.random.key(0), x[0])
-    copy = jnp.zeros((1, *rows.shape), rows.dtype)
     usable = plan.noise.usable(x)
-    usable &= rows_apart(structure, arrays, copy, plan.slots * plan.peek)
+    usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.slots * plan.peek)
     certified = (found.verdict == 1) & usable[:, None]
     with jax.enable_x64(True):
         radii = jnp.asarray(np.asarray(plan.radii, np.float64))
@@ -238,7 +242,7 @@ def _run(
 ) -> _Found:
     """Draw block after block until no image is left."""
     key = threefry_key(key)
-    k = number_of_classes(f, plan.noise, x, plan.slots * plan.peek)
+    k = number_of_classes(f, a_copy(plan.noise, x), plan.slots * plan.peek)
     b, r, s = len(x), len(plan.radii), plan.slots
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     slots = _Slots(

@@ -1,4 +1,4 @@
-"""Sequential certificates: the draws of fixed ones, decided by the tables, however slots fill up."""
+"""Sequential certificates: the draws of fixed ones, decided by the tables, in any slots."""
 
 import math
 

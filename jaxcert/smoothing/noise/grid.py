@@ -72,11 +72,8 @@ class GridGaussian(Noise):
         return (value.astype(x.dtype) / self.levels).astype(x.dtype)
 
     def usable(self, x: Array) -> Array:
-        """Whether each of x (b, *input) lies on the grid, up to the rounding of its float type."""
-        x = jnp.asarray(x)
-        off = jnp.abs(x * self.levels - nearest_level(x, self.levels))
-        rounding = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x) * self.levels
-        return jnp.all(off <= rounding, axis=tuple(range(1, x.ndim)))
+        """Whether each of x (b, *input) lies on the grid."""
+        return on_grid(x, self.levels)
 
     def radius(self, p_lower: Any, p_upper: Any = None, x: Any = None) -> Array:
         """See `Noise`; needs x for the size of the input."""
@@ -90,6 +87,14 @@ class GridGaussian(Noise):
             # inputs that are each off by their own rounding.
             radius = self.sigma * away * (1 - 2.0**-20)
             return radius / math.sqrt(d) * (1 - 2.0**-51) if self.norm == math.inf else radius
+
+
+def on_grid(x: Array, levels: int) -> Array:
+    """Whether each of x (b, *input) is of integers / levels, up to the rounding of its type."""
+    x = jnp.asarray(x)
+    off = jnp.abs(x * levels - nearest_level(x, levels))
+    rounding = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x) * levels
+    return jnp.all(off <= rounding, axis=tuple(range(1, x.ndim)))
 
 
 def nearest_level(x: Array, levels: int) -> Array:
