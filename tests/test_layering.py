@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "lipschitz": WORDS | GRAPH | {"bounds"},
     "nn": WORDS | {"blocks", "lipschitz"},
     "smoothing": WORDS | GRAPH,
-    "evaluate": WORDS,
+    "evaluate": WORDS | {"smoothing"},
     "attacks": WORDS,
     "exact": WORDS | GRAPH | {"bounds", "attacks", "io"},
     "training": WORDS | GRAPH | {"bounds", "lipschitz", "smoothing"},

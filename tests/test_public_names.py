@@ -20,11 +20,11 @@ NAMES = {
     """,
     jaxcert.exact: "Budget Distance Progress certify decide_within distance verify",
     jaxcert.smoothing: """
-        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries Decisions
-        Ellipsoid ExpInf FixedSize Gaussian GridGaussian Hybrid Laplace Noise PowInf
-        SequentialPlan SequentialTest SmoothingPlan Splitting StagedClopperPearson Uniform
-        UniformBall UnionBound Votes betting_lower bound certify certify_at class_bounds
-        clopper_pearson clopper_pearson_lower clopper_pearson_upper count predict
+        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries Decisions Ellipsoid
+        ExpInf FixedSize Gaussian GridGaussian Hybrid Laplace Noise PowInf SequentialPlan
+        SequentialTest SmoothingPlan Splitting StagedClopperPearson Uniform UniformBall
+        UnionBound Votes betting_lower bound certify certify_at certify_splitting class_bounds
+        clopper_pearson clopper_pearson_lower clopper_pearson_upper count in_bfloat16 predict
     """,
     jaxcert.lipschitz: """
         certify certify_local constant conv dense eclipse_bound fast_multipliers gershgorin_bound
@@ -40,13 +40,14 @@ NAMES = {
     """,
     jaxcert.training: "",
     jaxcert.training.losses: """
-        certificate_regularisation emma emma_logits gloro gloro_trades hinge_kantorovich_rubinstein
-        logit_annealing offset_cross_entropy pair_constants
+        certificate_regularisation emma emma_logits gloro gloro_trades
+        hinge_kantorovich_rubinstein logit_annealing offset_cross_entropy pair_constants
     """,
     jaxcert.evaluate: """
         Results Row abstention_rate accuracy_interval average_certified_radius bernstein_failures
-        binomial_failures certified_accuracy clean_accuracy high_probability_accuracy load
-        plot_certified_accuracy read_cohen_log row run show table
+        binomial_failures certified_accuracy clean_accuracy high_probability_accuracy load merge
+        plot_certified_accuracy read_cohen_log rebound row run run_smoothing show table
+        write_cohen_log
     """,
 }
 

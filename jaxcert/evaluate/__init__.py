@@ -9,6 +9,7 @@ From a certifier, `(x, index) -> Certificate`, to numbers:
 
 from jaxcert.evaluate import records as records
 from jaxcert.evaluate.cohen_log import read_cohen_log as read_cohen_log
+from jaxcert.evaluate.cohen_log import write_cohen_log as write_cohen_log
 from jaxcert.evaluate.curves import plot_certified_accuracy as plot_certified_accuracy
 from jaxcert.evaluate.metrics import abstention_rate as abstention_rate
 from jaxcert.evaluate.metrics import accuracy_interval as accuracy_interval
@@ -21,6 +22,9 @@ from jaxcert.evaluate.metrics import high_probability_accuracy as high_probabili
 from jaxcert.evaluate.results import Results as Results
 from jaxcert.evaluate.results import load as load
 from jaxcert.evaluate.run import run as run
+from jaxcert.evaluate.smoothed import merge as merge
+from jaxcert.evaluate.smoothed import rebound as rebound
+from jaxcert.evaluate.smoothed import run_smoothing as run_smoothing
 from jaxcert.evaluate.tables import Row as Row
 from jaxcert.evaluate.tables import row as row
 from jaxcert.evaluate.tables import show as show

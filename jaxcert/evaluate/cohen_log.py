@@ -1,6 +1,7 @@
 """The field's log format: tab-separated `idx label predict radius correct time`."""
 
 import csv
+import decimal
 import os
 
 import numpy as np
@@ -11,7 +12,9 @@ from jaxcert.evaluate.results import Results
 _COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
 
-def read_cohen_log(path: str | os.PathLike[str], *, alpha: float = 0.001) -> Results:
+def read_cohen_log(
+    path: str | os.PathLike[str], *, alpha: float = 0.001, lowered: bool = False
+) -> Results:
     """The results of a log written by the code of Cohen, Rosenfeld & Kolter (ICML 2019).
 
     predict is -1 for an abstention; time is seconds or h:mm:ss. The format keeps three digits of
@@ -21,6 +24,8 @@ def read_cohen_log(path: str | os.PathLike[str], *, alpha: float = 0.001) -> Res
     Args:
       path: the file.
       alpha: failure probability per image of the run that wrote it; 0.001 in the published logs.
+      lowered: lower each radius by that half unit, so that none exceeds the certified one. The
+        published tables count the radii as they are.
 
     Raises:
       ValueError: columns are missing, or a line is not of this format.
@@ -41,11 +46,52 @@ def read_cohen_log(path: str | os.PathLike[str], *, alpha: float = 0.001) -> Res
         index=index.astype(np.int64),
         label=label.astype(np.int64),
         prediction=prediction.astype(np.int64),
-        radius=radius,
+        radius=_below(radius) if lowered else radius,
         confidence=np.full(len(rows), 1 - alpha),
         norm=2.0,
         seconds=seconds,
     )
+
+
+def write_cohen_log(results: Results, path: str | os.PathLike[str]) -> None:
+    """Results in the same format, for the field's scripts; radii are floored to three digits.
+
+    The format holds no votes, norm, alpha or grid: keep the log of jaxcert beside it.
+
+    Raises:
+      FileExistsError: there is a file at `path` already.
+    """
+    with open(path, "x", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for i in range(len(results.index)):
+            label, prediction = int(results.label[i]), int(results.prediction[i])
+            radius = _floored(float(results.radius[i]))
+            seconds = f"{results.seconds[i]:.3f}"
+            writer.writerow(
+                (
+                    int(results.index[i]),
+                    label,
+                    prediction,
+                    radius,
+                    int(label == prediction),
+                    seconds,
+                )
+            )
+
+
+def _floored(radius: float) -> str:
+    """The largest decimal of three significant digits that is at most the radius."""
+    exact = decimal.Decimal(radius)
+    down = decimal.Context(prec=3, rounding=decimal.ROUND_FLOOR)
+    return format(down.create_decimal(exact), "f")
+
+
+def _below(radius: np.ndarray) -> np.ndarray:
+    """Radii lowered by half a unit of their third significant digit."""
+    size = np.where(radius > 0, radius, 1.0)
+    unit = 10.0 ** (np.floor(np.log10(size) + 1e-9) - 2)
+    return np.maximum(radius - unit / 2, 0) * (1 - 1e-12)
 
 
 def _row(

@@ -29,6 +29,8 @@ class Results:
       seconds: float64 (m,), an equal share of its batch's wall time.
       within: the `Box` or `Grid` the perturbed images must lie in, or None; a box's ends are
         scalars, or (m, *input) where they differ.
+      post_hoc: whether the confidence was chosen after the votes were seen, so that it describes
+        them but bounds nothing.
     """
 
     index: np.ndarray
@@ -39,6 +41,7 @@ class Results:
     norm: Any
     seconds: np.ndarray
     within: Box | Grid | None = None
+    post_hoc: bool = False
 
 
 def load(path: str | os.PathLike[str]) -> Results:
@@ -55,23 +58,30 @@ def load(path: str | os.PathLike[str]) -> Results:
     return from_records(found)
 
 
-_FIELDS = {"index", "label", "prediction", "radius", "confidence", "norm", "seconds", "within"}
+FIELDS = {"index", "label", "prediction", "radius", "confidence", "norm", "seconds", "within"}
 
 
 def require_fields(found: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Raise `RecordMismatch` unless all records of the log at `path` are such as `run` writes."""
     for line, record in enumerate(found, start=2):
-        if not record.keys() >= _FIELDS:
+        if not record.keys() >= FIELDS:
             raise RecordMismatch(
                 f"{path} is not a log of evaluate.run: line {line} lacks "
-                f"{sorted(_FIELDS - record.keys())}; read it with evaluate.records.read"
+                f"{sorted(FIELDS - record.keys())}; read it with evaluate.records.read"
             )
 
 
 def to_records(
-    certificate: Certificate, index: np.ndarray, label: np.ndarray, seconds: float
+    certificate: Certificate,
+    index: np.ndarray,
+    label: np.ndarray,
+    seconds: float,
+    details: Mapping[str, Any] | None = None,
 ) -> list[Record]:
-    """One record per row of `index`; further rows of the certificate are padding and dropped."""
+    """One record per row of `index`; further rows of the certificate are padding and dropped.
+
+    Details are further fields, by name: arrays (b, ...) of which each record has its row.
+    """
     norm = certificate.norm
     shared = {
         "norm": float(norm) if isinstance(norm, int | float) else repr(norm),
@@ -84,9 +94,11 @@ def to_records(
         "radius": np.asarray(certificate.radius, np.float64),
         "confidence": np.asarray(certificate.confidence, np.float64),
     }
+    further = {name: np.asarray(value).tolist() for name, value in (details or {}).items()}
     return [
         {name: column[i].item() for name, column in columns.items()}
         | {"within": _row_of(certificate.within, i)}
+        | {name: value[i] for name, value in further.items()}
         | shared
         for i in range(len(index))
     ]

@@ -16,6 +16,7 @@ from jaxcert.certificate import Certificate
 from jaxcert.errors import RecordMismatch
 from jaxcert.evaluate.records import Log
 from jaxcert.evaluate.results import (
+    FIELDS,
     Record,
     Results,
     from_records,
@@ -23,7 +24,7 @@ from jaxcert.evaluate.results import (
     to_records,
 )
 
-Certifier: TypeAlias = Callable[[Any, Any], Certificate]
+Certifier: TypeAlias = Callable[[Any, Any], Certificate | tuple[Certificate, Mapping[str, Any]]]
 
 
 def run(
@@ -45,7 +46,8 @@ def run(
 
     Args:
       certifier: `(x, index) -> Certificate`, of (b, *input) and int (b,), e.g.
-        `lambda x, index: lipschitz.certify(f, x)`.
+        `lambda x, index: lipschitz.certify(f, x)`; or a pair of a certificate and of what else to
+        record, `{name: array (b, ...)}`.
       x: images (m, *input), a numpy or JAX array; batches are passed on as they come.
       labels: int (m,), the true classes.
       index: int (m,), distinct: the place of each image in its data set; default arange(m).
@@ -94,11 +96,12 @@ def _certified(
     """The records of these rows, from one call on exactly `size` images."""
     padded = np.pad(rows, (0, size - len(rows)), "edge")
     began = time.perf_counter()
-    certificate = certifier(x[padded], jnp.asarray(index[padded]))
-    certificate = jax.block_until_ready(certificate)
+    found = jax.block_until_ready(certifier(x[padded], jnp.asarray(index[padded])))
     seconds = time.perf_counter() - began
+    certificate, details = found if isinstance(found, tuple) else (found, {})
     _require_certificates(certificate, size)
-    return to_records(certificate, index[rows], labels[rows], seconds)
+    _require_details(details, size)
+    return to_records(certificate, index[rows], labels[rows], seconds, details)
 
 
 def _recorded(log: Log, index: np.ndarray, labels: np.ndarray) -> dict[int, Record]:
@@ -151,6 +154,20 @@ def _require_certificates(certificate: Any, size: int) -> None:
             "the certifier returned a radius that is NaN, infinite or negative; make certificates "
             "with jaxcert.certificate.issue, which turns those into 0"
         )
+
+
+def _require_details(details: Any, size: int) -> None:
+    if not isinstance(details, Mapping):
+        raise TypeError(
+            "beside a Certificate, the certifier may return a dict of what else to record, got "
+            f"{type(details).__name__}"
+        )
+    for name, value in details.items():
+        if name in FIELDS or np.shape(value)[:1] != (size,):
+            raise ValueError(
+                f"the detail {name!r} must have a name of its own and one row per image, ({size}, "
+                f"...); got shape {np.shape(value)}"
+            )
 
 
 def _require_same_norm(found: Sequence[Record]) -> None:

@@ -47,7 +47,7 @@ def row(name: str, results: Results, radii: Sequence[float]) -> Row:
     """The line of a table that results make, with the certified accuracy at these radii."""
     label = results.label
     return Row(
-        name=name,
+        name=f"{name} (post hoc)" if results.post_hoc else name,
         norm=results.norm,
         images=len(label),
         clean=metrics.clean_accuracy(results, label),

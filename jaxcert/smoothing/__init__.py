@@ -18,6 +18,7 @@ from jaxcert.smoothing.confidence import class_bounds as class_bounds
 from jaxcert.smoothing.confidence import clopper_pearson as clopper_pearson
 from jaxcert.smoothing.confidence import clopper_pearson_lower as clopper_pearson_lower
 from jaxcert.smoothing.confidence import clopper_pearson_upper as clopper_pearson_upper
+from jaxcert.smoothing.half import in_bfloat16 as in_bfloat16
 from jaxcert.smoothing.noise import Ablation as Ablation
 from jaxcert.smoothing.noise import AnisotropicGaussian as AnisotropicGaussian
 from jaxcert.smoothing.noise import BitFlip as BitFlip

@@ -27,6 +27,9 @@ class SmoothingPlan:
       group: how many images in a row share their noise, whose cost they then share: the key folds
         index // group. Each certificate keeps its own confidence, but those of a group are no
         longer independent.
+      hardware: draw with the device's own generator (`rng_bit_generator`) instead of threefry. It
+        is the faster one on TPUs and a slower one on CPUs; its bits depend on the device, the
+        chunk and the version of the compiler, so that nothing is reproducible.
 
     Raises:
       TypeError: for a noise that is no distribution.
@@ -40,6 +43,7 @@ class SmoothingPlan:
     chunk: int = 400
     runner_up: bool = False
     group: int = 1
+    hardware: bool = False
 
     def __post_init__(self):
         require_noise(self.noise)

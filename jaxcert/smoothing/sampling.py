@@ -76,7 +76,7 @@ def count_votes(
     Returns:
       int32 (b, k) votes in the n draws, and (b, k) in the n0 draws.
     """
-    key = threefry_key(key)
+    key = hardware_key(key) if plan.hardware else threefry_key(key)
     k = number_of_classes(f, a_copy(plan.noise, x), plan.chunk)
     first, step = share
     chunks = -(-(plan.n + n0) // (plan.chunk * step))
@@ -183,3 +183,9 @@ def threefry_key(key: Any) -> Array:
         return key
     seed = jax.random.bits(key, (2,), jnp.uint32)
     return jax.random.wrap_key_data(seed, impl="threefry2x32")
+
+
+def hardware_key(key: Any) -> Array:
+    """A key of the device's own generator, drawn from the key."""
+    seed = jax.random.bits(threefry_key(key), (4,), jnp.uint32)
+    return jax.random.wrap_key_data(seed, impl="rbg")

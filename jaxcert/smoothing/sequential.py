@@ -20,6 +20,7 @@ from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import require_alpha, require_counts, require_noise
 from jaxcert.smoothing.sampling import (
     a_copy,
+    hardware_key,
     noisy_copies,
     number_of_classes,
     rows_apart,
@@ -45,6 +46,7 @@ class SequentialPlan:
         betting confidence sequence and 0.8 alpha on the Clopper-Pearson bound of all `n` draws.
       peek: draws between two looks.
       slots: images that are worked on at a time; the model runs on batches of slots x peek rows.
+      hardware: as for `SmoothingPlan`.
 
     Raises:
       TypeError, ValueError: for numbers no plan can have, or a radius that `n` draws cannot
@@ -60,6 +62,7 @@ class SequentialPlan:
     test: SequentialTest = dataclasses.field(default_factory=Hybrid)
     peek: int = 100
     slots: int = 4
+    hardware: bool = False
 
     def __post_init__(self):
         require_noise(self.noise)
@@ -241,7 +244,7 @@ def _run(
     key: Array, f: Model, x: Array, index: Array, boundaries: Boundaries, plan: SequentialPlan
 ) -> _Found:
     """Draw block after block until no image is left."""
-    key = threefry_key(key)
+    key = hardware_key(key) if plan.hardware else threefry_key(key)
     k = number_of_classes(f, a_copy(plan.noise, x), plan.slots * plan.peek)
     b, r, s = len(x), len(plan.radii), plan.slots
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)

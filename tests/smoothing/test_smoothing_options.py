@@ -103,6 +103,31 @@ def test_bounding_the_runner_up_certifies_without_a_majority():
     assert 0.2 < both.radius[0] < 0.34  # that of 0.4 and 0.05 exactly
 
 
+def test_the_hardware_generator_draws_other_noise_of_the_same_law():
+    plan = SmoothingPlan(noise=Gaussian(0.5), n=20_000, chunk=100, hardware=True)
+    x = np.array([[0.25], [0.25]], np.float32)
+    selection, estimation = count(plan, lambda z: jnp.concatenate([z, -z], 1), x)
+    p = 0.6914624612740131  # Phi(1/2)
+    assert np.abs(estimation[:, 0] / 20_000 - p).max() < 5 * np.sqrt(p * (1 - p) / 20_000)
+    assert estimation.sum(1).tolist() == [20_000, 20_000]
+    assert estimation[0, 0] != estimation[1, 0]
+    assert selection.sum(1).tolist() == [100, 100]
+
+
+def test_a_model_in_bfloat16_is_another_function_and_certified_as_such():
+    w = jnp.asarray(np.random.default_rng(2).normal(size=(6, 3)), jnp.float32)
+    f = jax.tree_util.Partial(lambda w, z: z @ w, w)
+    half = smoothing.in_bfloat16(f)
+    x = jnp.asarray(X)
+    expected = np.asarray(x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16), np.float32)
+    assert np.array_equal(half(x), expected)
+    assert not np.array_equal(half(x), f(x))
+    plan = dataclasses.replace(PLAN, n=1000)
+    assert np.abs(count(plan, half)[1] - count(plan, f)[1]).max() < 30
+    with pytest.raises(ValueError, match="no weights that can be seen"):
+        smoothing.in_bfloat16(lambda z: z @ w)
+
+
 MESHES = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType

@@ -94,7 +94,7 @@ def on_grid(x: Array, levels: int) -> Array:
     x = jnp.asarray(x)
     off = jnp.abs(x * levels - nearest_level(x, levels))
     rounding = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x) * levels
-    return jnp.all(off <= rounding, axis=tuple(range(1, x.ndim)))
+    return jnp.all(jnp.isfinite(x) & (off <= rounding), axis=tuple(range(1, x.ndim)))
 
 
 def nearest_level(x: Array, levels: int) -> Array:

@@ -1,0 +1,189 @@
+"""Smoothing over a data set, with the votes on record: resumed, merged, and bounded anew."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcert import smoothing
+from jaxcert.certificate import Certificate
+from jaxcert.errors import RecordMismatch
+from jaxcert.evaluate import records
+from jaxcert.evaluate.results import Results, from_records, require_fields, to_records
+from jaxcert.evaluate.run import run
+from jaxcert.model import Model
+from jaxcert.smoothing import SequentialPlan, SmoothingPlan, Votes
+
+METHOD = "randomized smoothing"
+
+
+def run_smoothing(
+    seed: int,
+    f: Model,
+    x: Any,
+    labels: Any,
+    plan: SmoothingPlan | SequentialPlan,
+    *,
+    net: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    also: Sequence[float] = (),
+    index: Any = None,
+    batch: int = 100,
+    mesh: Mesh | None = None,
+    progress: bool | None = None,
+) -> Results:
+    """`run` with the smoothed model, every record holding the votes its certificate rests on.
+
+    The log's header holds all that the votes depend on: the seed, the noise, the numbers of draws,
+    alpha, the net's name. A killed run continues where it was; what it had finished stays, and an
+    image it was at begins anew with the same draws, so that the end is the same. Nothing is
+    concluded from the draws of an image that is not finished, and a finished log is never
+    continued with a larger n: stopping as soon as a bound passes would raise alpha tenfold.
+
+    Args:
+      seed: of the key; the draws of image i depend on it and on index[i].
+      f: the model, (b, *input) -> (b, k).
+      x, labels, index, batch, progress: as for `run`.
+      plan: a `SmoothingPlan`, for radii; or a `SequentialPlan`, for "certified at these radii?"
+        with as few draws as it takes.
+      net: a name for the model and its weights; required with `path`.
+      path: the log.
+      also: further values of alpha at which `rebound` may be called, fixed before the draws.
+      mesh: devices, as for `smoothing.certify`.
+
+    Returns:
+      `Results`.
+
+    Raises:
+      As `run` and `smoothing.certify`.
+    """
+    if path is not None and net is None:
+        raise ValueError('a log needs a name for the net: pass net="lenet, epoch 90"')
+    key = jax.random.key(seed)
+    config = {"method": METHOD, "net": net, "seed": seed, "also": list(also), **described(plan)}
+
+    def fixed(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
+        images = jnp.asarray(images)
+        votes = smoothing.count(key, f, images, plan, index=numbers, mesh=mesh)
+        details = {"selection": votes.selection, "estimation": votes.estimation}
+        return smoothing.bound(votes, images, plan), details
+
+    def sequential(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
+        found = smoothing.certify_at(key, f, jnp.asarray(images), plan, index=numbers, mesh=mesh)
+        names = ("certified", "draws", "class_votes")
+        return found.certificate, {name: getattr(found, name) for name in names}
+
+    certifier = fixed if isinstance(plan, SmoothingPlan) else sequential
+    return run(
+        certifier, x, labels, index=index, batch=batch, path=path, config=config, progress=progress
+    )
+
+
+def described(plan: SmoothingPlan | SequentialPlan) -> dict[str, Any]:
+    """A plan in JSON types: its kind, and each field; distributions and tests by their repr."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    plain = {
+        name: value if isinstance(value, int | float) else list(value)
+        for name, value in fields.items()
+        if isinstance(value, int | float | tuple)
+    }
+    named = {name: repr(value) for name, value in fields.items() if name not in plain}
+    return {"plan": type(plan).__name__, **plain, **named}
+
+
+def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index: Any) -> Results:
+    """The certificates that the votes in a log prove under another alpha, or in another norm.
+
+    No draw is made. alpha bounds the probability of an error only if it was fixed before the draws
+    were made: results at an alpha that is not in the log's header (its own, or one of `also`) say
+    that they are `post_hoc`, and describe the votes without the guarantee.
+
+    Args:
+      path: a log of `run_smoothing` with a `SmoothingPlan`.
+      x: the images (m, *input) of the log.
+      plan: as in the log, but for alpha, runner_up and the norm of the noise.
+      index: int (m,), the numbers of the images.
+
+    Raises:
+      RecordMismatch: the log is of another kind, lacks an image, or was drawn under another plan.
+    """
+    recorded = records.read(path)
+    require_fields(recorded.records, path)
+    config = recorded.config
+    free = ("alpha", "runner_up")
+    wanted = {name: value for name, value in described(plan).items() if name not in free}
+    if "norm" in {f.name for f in dataclasses.fields(plan.noise)}:  # any norm it proves
+        norms = [repr(dataclasses.replace(plan.noise, norm=n)) for n in _norms(plan.noise)]
+        wanted["noise"] = config.get("noise") if config.get("noise") in norms else wanted["noise"]
+    differing = [name for name in wanted if config.get(name) != wanted[name]]
+    if config.get("method") != METHOD or differing:
+        raise RecordMismatch(
+            f"{path} was drawn under another plan: {', '.join(differing) or 'another method'}; "
+            "only alpha, runner_up and the norm of the noise may differ"
+        )
+    found = {record["index"]: record for record in recorded.records}
+    index = np.asarray(index)
+    missing = [i for i in index.tolist() if i not in found]
+    if missing:
+        raise RecordMismatch(f"{path} lacks {len(missing)} of the images, such as {missing[0]}")
+    kept = [found[i] for i in index.tolist()]
+    votes = Votes(*(np.array([r[n] for r in kept], np.int32) for n in ("selection", "estimation")))
+    certificate = smoothing.bound(votes, jnp.asarray(x), plan)
+    labels = np.array([record["label"] for record in kept])
+    results = from_records(to_records(certificate, index, labels, 0.0))
+    announced = [config["alpha"], *config["also"]]
+    return dataclasses.replace(
+        results,
+        seconds=np.array([record["seconds"] for record in kept]),
+        post_hoc=plan.alpha not in announced,
+    )
+
+
+def _norms(noise: Any) -> list[float]:
+    """The norms in which a distribution proves radii."""
+    known = []
+    for norm in (0.0, 1.0, 2.0, float("inf")):
+        try:
+            known.append(dataclasses.replace(noise, norm=norm).norm)
+        except ValueError:
+            continue
+    return known
+
+
+def merge(paths: Sequence[str | os.PathLike[str]], into: str | os.PathLike[str]) -> Results:
+    """One log of those that shards of a data set wrote, each by its own process.
+
+    All must have one configuration, and an image in several of them the same record, but for the
+    seconds; `into` must not exist yet.
+
+    Raises:
+      RecordMismatch: two logs differ in their configuration, or on an image.
+      FileExistsError: `into` exists.
+    """
+    if os.path.exists(into):
+        raise FileExistsError(f"{into} exists; merge into a new path")
+    logs = {str(path): records.read(path) for path in paths}
+    if not logs:
+        raise ValueError("merge needs one log at least")
+    first = next(iter(logs))
+    found: dict[int, dict[str, Any]] = {}
+    for path, log in logs.items():
+        require_fields(log.records, path)
+        if log.config != logs[first].config:
+            names = [n for n in log.config if log.config[n] != logs[first].config.get(n)]
+            raise RecordMismatch(f"{path} and {first} differ in their configuration: {names}")
+        for record in log.records:
+            known = found.setdefault(record["index"], record)
+            if {**known, "seconds": 0} != {**record, "seconds": 0}:
+                raise RecordMismatch(
+                    f"{path} has another record of image {record['index']} than an earlier log"
+                )
+    ordered = [found[i] for i in sorted(found)]
+    with records.Log(into, logs[first].config) as log:
+        log.append(*ordered)
+    return from_records(ordered)

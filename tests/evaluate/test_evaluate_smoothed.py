@@ -1,0 +1,198 @@
+"""Smoothing on record: votes kept, resumed, merged, bounded anew; and the field's own format."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcert import evaluate, smoothing
+from jaxcert.errors import RecordMismatch
+from jaxcert.evaluate import records
+from jaxcert.smoothing import Gaussian, GridGaussian, SequentialPlan, SmoothingPlan
+
+M = 12
+X = np.linspace(-1, 1, M, dtype=np.float32)[:, None]
+LABELS = (X[:, 0] < 0).astype(int)
+PLAN = SmoothingPlan(noise=Gaussian(0.5), n0=20, n=400, chunk=60, alpha=0.01)
+
+
+def sign(z):
+    return jnp.concatenate([z, -z], axis=1)
+
+
+def run(path=None, **changes):
+    options = {"net": "sign", "path": path, "batch": 5, "also": (0.001,), **changes}
+    return evaluate.run_smoothing(3, sign, X, LABELS, options.pop("plan", PLAN), **options)
+
+
+def lines(path):
+    """Records but for the seconds, which no two runs share."""
+    return [{**record, "seconds": 0} for record in records.read(path).records]
+
+
+def test_records_hold_the_votes_and_the_header_the_plan(tmp_path):
+    path = tmp_path / "run.jsonl"
+    results = run(path)
+    certificate = smoothing.certify(jax.random.key(3), sign, X, PLAN)
+    assert np.array_equal(results.prediction, certificate.prediction)
+    assert np.array_equal(results.radius, np.asarray(certificate.radius, float))
+    votes = smoothing.count(jax.random.key(3), sign, X, PLAN)
+    found = records.read(path)
+    assert [r["estimation"] for r in found.records] == np.asarray(votes.estimation).tolist()
+    assert [r["selection"] for r in found.records] == np.asarray(votes.selection).tolist()
+    header = found.config
+    assert header["noise"] == "Gaussian(sigma=0.5, norm=2.0)"
+    assert (header["seed"], header["n"], header["alpha"], header["n0"]) == (3, 400, 0.01, 20)
+    assert found.versions["jax"] == jax.__version__
+
+
+def test_a_run_resumes_with_the_same_records_and_refuses_another_plan(tmp_path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    run(whole)
+    evaluate.run_smoothing(3, sign, X[:5], LABELS[:5], PLAN, net="sign", path=parts, also=(0.001,))
+    run(parts)
+    assert lines(parts) == lines(whole)
+    before = parts.read_bytes()
+    for changes in (
+        {"plan": dataclasses.replace(PLAN, n=500)},
+        {"plan": dataclasses.replace(PLAN, noise=GridGaussian(0.5))},
+        {"net": "another"},
+        {"also": ()},
+    ):
+        with pytest.raises(RecordMismatch, match="belongs to a run with another configuration"):
+            run(parts, **changes)
+        assert parts.read_bytes() == before
+    with pytest.raises(ValueError, match="needs a name for the net"):
+        run(parts, net=None)
+
+
+def test_sequential_runs_record_their_decisions(tmp_path):
+    plan = SequentialPlan(noise=Gaussian(0.5), radii=(0.0, 0.5), n0=20, n=2000)
+    path = tmp_path / "run.jsonl"
+    results = run(path, plan=plan)
+    found = smoothing.certify_at(jax.random.key(3), sign, X, plan)
+    assert np.array_equal(results.radius, np.asarray(found.certificate.radius, float))
+    assert [r["draws"] for r in lines(path)] == np.asarray(found.draws).tolist()
+    assert [r["certified"] for r in lines(path)] == np.asarray(found.certified).tolist()
+    assert records.read(path).config["test"] == "Hybrid(betting=0.2)"
+    with pytest.raises(RecordMismatch, match="another plan"):
+        evaluate.rebound(path, X, PLAN, index=np.arange(M))
+
+
+def test_votes_are_bounded_anew_and_say_if_post_hoc(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = run(path)
+    index = np.arange(M)
+    same = evaluate.rebound(path, X, PLAN, index=index)
+    assert np.array_equal(same.radius, first.radius)
+    assert not same.post_hoc
+    announced = evaluate.rebound(path, X, dataclasses.replace(PLAN, alpha=0.001), index=index)
+    assert not announced.post_hoc
+    assert (announced.radius <= first.radius).all()
+    assert (announced.confidence == np.float32(0.999)).all() or np.allclose(
+        announced.confidence, 0.999
+    )
+    later = evaluate.rebound(path, X, dataclasses.replace(PLAN, alpha=0.1), index=index)
+    assert later.post_hoc
+    assert evaluate.row("net", later, [0.1]).name == "net (post hoc)"
+    linf = dataclasses.replace(PLAN, noise=Gaussian(0.5, norm=np.inf))
+    assert evaluate.rebound(path, X, linf, index=index[:2] * 0 + [4, 2]).norm == np.inf
+    with pytest.raises(RecordMismatch, match="noise"):
+        evaluate.rebound(path, X, dataclasses.replace(PLAN, noise=Gaussian(0.25)), index=index)
+    with pytest.raises(RecordMismatch, match="lacks 1 of the images, such as 99"):
+        evaluate.rebound(path, X, PLAN, index=np.array([0, 99]))
+
+
+def test_shards_are_merged(tmp_path):
+    whole, merged = tmp_path / "whole.jsonl", tmp_path / "merged.jsonl"
+    run(whole)
+    shards = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for i, path in enumerate(shards):
+        rows = np.arange(M)[i::3] if i else np.arange(0, M, 2)  # two of the shards overlap
+        evaluate.run_smoothing(
+            3, sign, X[rows], LABELS[rows], PLAN, net="sign", path=path, index=rows, also=(0.001,)
+        )
+    results = evaluate.merge(shards, merged)
+    assert lines(merged) == [r for r in lines(whole) if r["index"] in results.index]
+    assert results.index.tolist() == sorted(
+        set(range(0, M, 2)) | {*range(1, M, 3), *range(2, M, 3)}
+    )
+    with pytest.raises(FileExistsError, match="new path"):
+        evaluate.merge(shards, merged)
+    other = tmp_path / "other.jsonl"
+    run(other, plan=dataclasses.replace(PLAN, n=300))
+    with pytest.raises(RecordMismatch, match=r"differ in their configuration: \['n'\]"):
+        evaluate.merge([whole, other], tmp_path / "x.jsonl")
+    text = whole.read_text().splitlines()
+    record = json.loads(text[1])
+    record["estimation"][0] += 1
+    forged = tmp_path / "forged.jsonl"
+    forged.write_text("\n".join([text[0], json.dumps(record), *text[2:]]) + "\n")
+    with pytest.raises(RecordMismatch, match="another record of image 0"):
+        evaluate.merge([whole, forged], tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_fields_format_is_written_with_floored_radii(tmp_path):
+    results = run()
+    radius = np.array([0.24996, 0.25, 1.23456, 0.0, 0.99999, 0.001239, *results.radius[6:]])
+    results = dataclasses.replace(results, radius=radius)
+    path = tmp_path / "log.tsv"
+    evaluate.write_cohen_log(results, path)
+    again = evaluate.read_cohen_log(path, alpha=0.01)
+    assert again.radius[:6].tolist() == [0.249, 0.25, 1.23, 0.0, 0.999, 0.00123]
+    assert (again.radius <= radius).all()
+    assert np.array_equal(again.prediction, results.prediction)
+    assert np.array_equal(again.label, results.label)
+    with pytest.raises(FileExistsError):
+        evaluate.write_cohen_log(results, path)
+
+
+def test_a_rounded_radius_can_be_lowered_below_the_certified_one(tmp_path):
+    path = tmp_path / "log.tsv"
+    exact = np.array([0.24996, 1.235, 0.09996, 0.9996, 2.0])
+    rows = [f"{i}\t0\t0\t{r:.3}\t1\t1.0" for i, r in enumerate(exact)]
+    path.write_text("\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *rows]))
+    assert (evaluate.read_cohen_log(path).radius > exact).any()
+    lowered = evaluate.read_cohen_log(path, lowered=True).radius
+    assert (lowered <= exact).all()
+    assert (lowered > exact * 0.98).all()
+
+
+# Kill -9, for real: a run over 40 images is killed at random places, over and over.
+CHILD = """
+import sys
+import jax.numpy as jnp, numpy as np
+from jaxcert import evaluate
+from jaxcert.smoothing import Gaussian, SmoothingPlan
+x = np.linspace(-1, 1, 40, dtype=np.float32)[:, None]
+plan = SmoothingPlan(noise=Gaussian(0.5), n0=20, n=100, chunk=60, alpha=0.01)
+sign = lambda z: jnp.concatenate([z, -z], axis=1)
+evaluate.run_smoothing(3, sign, x, np.zeros(40, int), plan, net="sign", path=sys.argv[1], batch=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    rng = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", CHILD, str(killed)])
+        size = killed.stat().st_size if killed.exists() else 0
+        enough = size + rng.randint(300, 2500)
+        while process.poll() is None and (not killed.exists() or killed.stat().st_size < enough):
+            time.sleep(rng.uniform(0, 1e-3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    for path in (killed, whole):
+        subprocess.run([sys.executable, "-c", CHILD, str(path)], check=True)
+    assert lines(killed) == lines(whole)
+    assert len(lines(whole)) == 40
