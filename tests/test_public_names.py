@@ -20,11 +20,13 @@ NAMES = {
     """,
     jaxcert.exact: "Budget Distance Progress certify decide_within distance verify",
     jaxcert.smoothing: """
-        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries Decisions Ellipsoid
-        ExpInf FixedSize Gaussian GridGaussian Hybrid Laplace Noise PowInf SequentialPlan
-        SequentialTest SmoothingPlan Splitting StagedClopperPearson Uniform UniformBall
-        UnionBound Votes betting_lower bound certify certify_at certify_splitting class_bounds
-        clopper_pearson clopper_pearson_lower clopper_pearson_upper count in_bfloat16 predict
+        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries CenterCertificate
+        Decisions Denoised Ellipsoid ExpInf FixedSize Gaussian GridGaussian Halves Hybrid
+        LabelsCertificate Laplace Noise OutputMetric Patch PercentileBounds PowInf
+        SegmentationCertificate SequentialPlan SequentialTest SmoothingPlan Splitting
+        StagedClopperPearson Uniform UniformBall UnionBound Votes Windows betting_lower bound
+        certify certify_at certify_splitting class_bounds clopper_pearson clopper_pearson_lower
+        clopper_pearson_upper count in_bfloat16 one_shot_diffusion predict
     """,
     jaxcert.lipschitz: """
         certify certify_local constant conv dense eclipse_bound fast_multipliers gershgorin_bound
