@@ -42,8 +42,9 @@ NAMES = {
     """,
     jaxcert.training: "",
     jaxcert.training.losses: """
-        certificate_regularisation emma emma_logits gloro gloro_trades
-        hinge_kantorovich_rubinstein logit_annealing offset_cross_entropy pair_constants
+        Ascent cat_rs certificate_regularisation consistency emma emma_logits gloro gloro_trades
+        hinge_kantorovich_rubinstein logit_annealing macer noisy_cross_entropy
+        offset_cross_entropy pair_constants smooth_adv smooth_mix smoothed_adversary stability
     """,
     jaxcert.evaluate: """
         Results Row abstention_rate accuracy_interval average_certified_radius bernstein_failures

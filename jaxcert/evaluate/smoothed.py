@@ -54,7 +54,8 @@ def run_smoothing(
       net: a name for the model and its weights; required with `path`.
       path: the log.
       also: further values of alpha at which `rebound` may be called, fixed before the draws.
-      mesh: devices, as for `smoothing.certify`.
+      mesh: devices of this process, as for `smoothing.certify`. Processes of a cluster take images
+        and a log each, and `merge` puts the logs together (`examples/smoothing_cluster.py`).
 
     Returns:
       `Results`.
@@ -64,6 +65,15 @@ def run_smoothing(
     """
     if path is not None and net is None:
         raise ValueError('a log needs a name for the net: pass net="lenet, epoch 90"')
+    if (
+        path is not None
+        and mesh is not None
+        and len({d.process_index for d in mesh.devices.flat}) > 1
+    ):
+        raise ValueError(
+            "a log belongs to one process: give each its own images, path and a mesh of its "
+            "jax.local_devices(), and put the logs together with evaluate.merge"
+        )
     key = jax.random.key(seed)
     config = {"method": METHOD, "net": net, "seed": seed, "also": list(also), **described(plan)}
 

@@ -19,7 +19,7 @@ from jaxcert.pytrees import pytree
 from jaxcert.smoothing.affine import AffineFirst
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, leader_is_certain
-from jaxcert.smoothing.devices import over_images, repeated, share, summed
+from jaxcert.smoothing.devices import everywhere, over_images, repeated, share, summed
 from jaxcert.smoothing.noise import Additive
 from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.smoothing.sampling import a_copy, count_votes, rows_apart
@@ -202,7 +202,7 @@ def _count(
     usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.chunk)
     usable &= _in_one_group(whole[1], plan.group)[: len(x)]
     estimation, selection = (jnp.where(usable[:, None], part[: len(x)], 0) for part in votes)
-    return Votes(selection, estimation)
+    return everywhere(Votes(selection, estimation), mesh)
 
 
 def rebuilt(structure: Structure, arrays: list) -> Model:

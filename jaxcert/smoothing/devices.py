@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Array: TypeAlias = jax.Array
@@ -20,8 +20,8 @@ IMAGES, SAMPLES = "images", "samples"
 def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> Callable[..., _Tree]:
     """`local(arrays, key, x, index)`, each device of the axis "images" with a part of x and index.
 
-    The results' first axis is that of x. Parts are multiples of `block` images; the last image is
-    repeated where they do not come out even.
+    The results' first axis is that of x, and every device has all of them in the end. Parts are
+    multiples of `block` images; the last image is repeated where they do not come out even.
 
     Raises:
       ValueError: for a mesh with other axes.
@@ -38,11 +38,17 @@ def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> C
 
     def whole(arrays: Any, key: Array, x: Array, index: Array) -> _Tree:
         padded = repeated(x, index, block * mesh.shape.get(IMAGES, 1))
-        # That results are equal along the axis "samples" is not visible to JAX through the loops.
+        # That results are equal on all devices is not visible to JAX through the loops.
         run = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), P(), part, part), out_specs=part, check_vma=False
+            gathered, mesh=mesh, in_specs=(P(), P(), part, part), out_specs=P(), check_vma=False
         )
         return jax.tree.map(lambda leaf: leaf[: len(x)], run(arrays, key, *padded))
+
+    def gathered(arrays: Any, key: Array, x: Array, index: Array) -> _Tree:
+        found = local(arrays, key, x, index)
+        if IMAGES not in mesh.axis_names:
+            return found
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, IMAGES, tiled=True), found)
 
     return whole
 
@@ -62,7 +68,14 @@ def share(mesh: Mesh | None) -> tuple[Any, int]:
 
 
 def summed(votes: _Tree, mesh: Mesh | None) -> _Tree:
-    """Votes of all shares: the only numbers that devices send each other."""
+    """Votes of all shares, 2 k integers per image: they and results are all that devices send."""
     if mesh is None or SAMPLES not in mesh.axis_names:
         return votes
     return jax.lax.psum(votes, SAMPLES)
+
+
+def everywhere(tree: _Tree, mesh: Mesh | None) -> _Tree:
+    """Results that every device, and so every process, holds as a whole."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))

@@ -15,7 +15,7 @@ from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.certify import confidence, rebuilt
 from jaxcert.smoothing.confidence import Boundaries, Hybrid, SequentialTest
-from jaxcert.smoothing.devices import over_images
+from jaxcert.smoothing.devices import everywhere, over_images
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import require_alpha, require_counts, require_noise
 from jaxcert.smoothing.sampling import (
@@ -237,7 +237,7 @@ def _decide(
         within=plan.noise.within,
         confidence=confidence(plan.alpha),
     )
-    return certificate, certified, found.draws, found.votes
+    return everywhere((certificate, certified, found.draws, found.votes), mesh)
 
 
 def _run(

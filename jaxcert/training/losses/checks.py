@@ -115,3 +115,17 @@ def is_array_of(kind: Any, value: Any) -> bool:
 def described(value: Any) -> str:
     """A value's type and shape, for messages."""
     return f"{value.dtype} {value.shape}" if hasattr(value, "dtype") else type(value).__name__
+
+
+def require_distributions(values: Any, name: str, logits: Array) -> Array:
+    """Probabilities of the classes, one row per example, as constants in the logits' type."""
+    if not is_array_of(jnp.floating, values) or jnp.shape(values) != logits.shape:
+        raise ValueError(
+            f"{name} must be floating point probabilities {logits.shape}, got {described(values)}; "
+            "for labels write jax.nn.one_hot(labels, k)"
+        )
+    if not is_traced(values):
+        known = np.asarray(values, np.float64)
+        if not np.all(known >= 0) or not np.allclose(known.sum(axis=1), 1, atol=1e-3):
+            raise ValueError(f"{name} must be 0 or more, and sum to 1 in each row")
+    return jax.lax.stop_gradient(jnp.asarray(values, logits.dtype))
