@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from scipy.stats import binom, norm
 
 from jaxcert import Box
-from jaxcert.smoothing import Gaussian
+from jaxcert.smoothing import Gaussian, GridGaussian, Uniform
 from jaxcert.training.losses import smoothing as losses
 from jaxcert.training.losses import smoothing_adversarial as adversarial
 from jaxcert.training.losses.noisy import draws, streams
@@ -399,6 +399,7 @@ def cat(**options):
         (lambda: call(key=jax.random.PRNGKey(0)), "key must be one typed key"),
         (lambda: call(key=X, x=KEY), "key must be one typed key"),
         (lambda: call(noise=0.25), r"type noise=smoothing.Gaussian\(0.25\)"),
+        (lambda: call(noise=GridGaussian(0.25)), "to certify with GridGaussian"),
         (lambda: call(n=0), "n must be a positive int"),
         (lambda: call(n=2.0), "n must be a positive int"),
         (lambda: call(x=np.zeros((B, D), int)), "scale it the way the model expects"),
@@ -412,7 +413,7 @@ def cat(**options):
         (lambda: call(losses.consistency, n=1), "n must be at least 2"),
         (lambda: call(losses.consistency, entropy=np.ones(2)), "entropy must be a scalar"),
         (lambda: call(losses.macer, beta=0.0), "beta must be above 0"),
-        (lambda: call(losses.macer, noise=Uniform()), "radius of Gaussian noise, got Uniform"),
+        (lambda: call(losses.macer, noise=Uniform(1.0)), "radius of Gaussian noise, got Uniform"),
         (lambda: adv(ascent=0.5), r"type ascent=Ascent\(eps=1.0, steps=10\)"),
         (lambda: adv(ascent=Ascent(0.5, 0)), "steps must be a positive int"),
         (lambda: adv(ascent=Ascent(-0.5)), "eps must be finite and 0 or more"),
@@ -430,12 +431,7 @@ def test_bad_input_is_told(run, message):
         run()
 
 
-class Uniform:
-    def sample(self, key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, minval=-1, maxval=1)
-
-
 def test_any_distribution_will_do_where_the_paper_needs_no_gaussian():
-    value = call(noise=Uniform())
-    delta = np.asarray(draws(streams(KEY)[0], X, Uniform(), 1), np.float64)
+    value = call(noise=Uniform(1.0))
+    delta = np.asarray(draws(streams(KEY)[0], X, Uniform(1.0), 1), np.float64)
     np.testing.assert_allclose(value, cross_entropy((X + delta)[..., :K]), rtol=1e-5)

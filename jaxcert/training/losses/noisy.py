@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.model import Model
+from jaxcert.smoothing.noise import Additive
 from jaxcert.training.losses.checks import checked, described, is_array_of
 from jaxcert.training.losses.lipschitz import offset_cross_entropy
 
@@ -24,10 +25,10 @@ def streams(key: Array) -> tuple[Array, Array]:
 
 def draws(key: Array, x: Any, noise: Any, n: int) -> Array:
     """n draws of noise for each example, (n, b, *input): constants for gradients."""
-    if not callable(getattr(noise, "sample", None)):
+    if not isinstance(noise, Additive):
         raise TypeError(
-            "noise must be a distribution with a method sample(key, shape, dtype), got "
-            f"{noise!r}; type noise=smoothing.Gaussian(0.25)"
+            f"noise must be a distribution that is added to inputs, got {noise!r}; type "
+            "noise=smoothing.Gaussian(0.25), also to certify with GridGaussian(0.25)"
         )
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be a positive int, the number of noisy copies; got {n!r}")

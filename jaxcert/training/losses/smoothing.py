@@ -21,8 +21,8 @@ What they share:
   x      floats (b, *input).
   y      int (b,), the labels. One outside of 0, ..., k - 1 is an error where its value is known,
          and a loss of NaN where it is traced.
-  noise  a distribution with `sample(key, shape, dtype)`, such as `smoothing.Gaussian(0.5)`: the one
-         to certify with. Draws are constants for gradients.
+  noise  a distribution that is added (`smoothing.noise.Additive`), such as
+         `smoothing.Gaussian(0.5)`: the one to certify with. Draws are constants for gradients.
   n      noisy copies of each example. f sees them in one batch of n b rows, so that the memory is
          n b (d + the activations of a row) floats. Where a loss calls f more often, it says so.
 
