@@ -69,15 +69,25 @@ def issue(
 
 
 def predicted_class(logits: Array) -> Array:
-    """The first largest of each row of (b, k) logits, `ABSTAIN` where any logit is not finite.
+    """The first largest of each row of (..., k) logits, `ABSTAIN` where any logit is not finite.
 
-    Not by argmax, which JAX cannot lower for float64 logits of a caller in float32.
+    In one reduction that reads each logit once. Compared with their maximum in a second step, the
+    logits may be computed a second time, by instructions that round in another way, so that none
+    of them equals it. (`argmax` would do, but cannot be lowered for float64 logits of a caller in
+    float32.)
     """
-    k = logits.shape[-1]
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    position = np.arange(k, dtype=np.int32)
-    first = jnp.min(jnp.where(logits == top, position, np.int32(k - 1)), axis=-1)
+    logits = jax.lax.stop_gradient(logits)
+    position = jnp.broadcast_to(np.arange(logits.shape[-1], dtype=np.int32), logits.shape)
+    start = np.array(-np.inf, logits.dtype), np.int32(ABSTAIN)
+    _, first = jax.lax.reduce((logits, position), start, _larger, (logits.ndim - 1,))
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), first, np.int32(ABSTAIN))
+
+
+def _larger(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The larger of two numbers with their positions, the first of two that are equal."""
+    (x, i), (y, j) = one, other
+    takes = (x > y) | ((x == y) & (i < j))
+    return jnp.where(takes, x, y), jnp.where(takes, i, j)
 
 
 class Status(enum.IntEnum):

@@ -137,6 +137,15 @@ def _fingerprint(structure: Structure, arrays: list[Any], x: Any) -> Any:
     return digest.digest()
 
 
+def digest(f: Model, x: Any) -> str:
+    """A name for what f computes on inputs like x: of its weights, or its program's constants."""
+    arrays, structure = split(f, x)
+    found = hashlib.sha256(repr((structure.treedef, structure.program)).encode())
+    for array in arrays:
+        found.update(f"{array.dtype}{array.shape}".encode() + _bytes(array))
+    return found.hexdigest()[:16]
+
+
 def _constants_of(program: Any) -> Iterator[Any]:
     """The constants of a program and of all programs inside of it."""
     yield from getattr(program, "consts", ())

@@ -76,3 +76,22 @@ def test_every_verdict_has_words():
     assert all(line.startswith("UNKNOWN: ") for line in lines[2:])
     assert len(set(lines[2:])) == len(Reason) - 1
     assert "tighter method" in lines[2]
+
+
+@pytest.mark.parametrize("d", [36, 100, 784])
+def test_the_class_survives_fusion_with_the_model(d):
+    """XLA may compute logits once for their maximum and again, rounded otherwise, beside it."""
+
+    def f(z):
+        return jnp.stack([z.mean(1) - 0.5, 0.5 - z.mean(1)], axis=1)
+
+    x = 1 + 0.05 * jax.random.normal(jax.random.key(0), (1000, d))
+    classes = jax.jit(lambda z: predicted_class(f(z)))(x)
+    assert np.array_equal(classes, np.zeros(1000))
+
+
+def test_the_class_of_float64_logits_in_a_float32_program():
+    with jax.enable_x64(True):
+        logits = jnp.asarray([[0.0, 1.0, 1.0 + 1e-12], [3.0, 3.0, -np.inf], [2.0, 2.0, 1.0]])
+        found = jax.jit(predicted_class)(logits)
+    assert np.asarray(found).tolist() == [2, ABSTAIN, 0]

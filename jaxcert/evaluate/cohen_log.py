@@ -60,7 +60,13 @@ def write_cohen_log(results: Results, path: str | os.PathLike[str]) -> None:
 
     Raises:
       FileExistsError: there is a file at `path` already.
+      ValueError: the radii are not those of L2, which readers take them for, or post hoc.
     """
+    if results.norm != 2 or results.post_hoc:
+        raise ValueError(
+            "the format is one of L2 radii at a confidence fixed beforehand; got norm="
+            f"{results.norm} and post_hoc={results.post_hoc}"
+        )
     with open(path, "x", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(_COLUMNS)

@@ -1,5 +1,6 @@
 """Smoothing over a data set, with the votes on record: resumed, merged, and bounded anew."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,10 @@ from jaxcert.certificate import Certificate
 from jaxcert.errors import RecordMismatch
 from jaxcert.evaluate import records
 from jaxcert.evaluate.results import Results, from_records, require_fields, to_records
-from jaxcert.evaluate.run import run
-from jaxcert.model import Model
+from jaxcert.evaluate.run import Certifier, run
+from jaxcert.model import Model, digest
 from jaxcert.smoothing import SequentialPlan, SmoothingPlan, Votes
+from jaxcert.smoothing.plan import require_alpha
 
 METHOD = "randomized smoothing"
 
@@ -40,10 +42,11 @@ def run_smoothing(
     """`run` with the smoothed model, every record holding the votes its certificate rests on.
 
     The log's header holds all that the votes depend on: the seed, the noise, the numbers of draws,
-    alpha, the net's name. A killed run continues where it was; what it had finished stays, and an
-    image it was at begins anew with the same draws, so that the end is the same. Nothing is
-    concluded from the draws of an image that is not finished, and a finished log is never
-    continued with a larger n: stopping as soon as a bound passes would raise alpha tenfold.
+    alpha, the net's name and a digest of its weights, the images' shape. A killed run continues
+    where it was; what it had finished stays, and an image it was at begins anew with the same
+    draws, so that the end is the same (with the hardware generator, with other draws). Nothing is
+    concluded from the draws of an image that is not finished, and a finished log is never continued
+    with a larger n: stopping as soon as a bound passes would raise alpha tenfold.
 
     Args:
       seed: of the key; the draws of image i depend on it and on index[i].
@@ -74,36 +77,77 @@ def run_smoothing(
             "a log belongs to one process: give each its own images, path and a mesh of its "
             "jax.local_devices(), and put the logs together with evaluate.merge"
         )
+    if not isinstance(plan, SmoothingPlan | SequentialPlan):
+        raise TypeError(f"plan must be a SmoothingPlan or a SequentialPlan, got {plan!r}")
+    for alpha in also:
+        require_alpha(alpha)
+    if isinstance(plan, SmoothingPlan) and batch % plan.group:
+        raise ValueError(f"batch={batch} must be a multiple of the plan's group={plan.group}")
     key = jax.random.key(seed)
-    config = {"method": METHOD, "net": net, "seed": seed, "also": list(also), **described(plan)}
+    config = {
+        "method": METHOD,
+        "net": net,
+        "seed": seed,
+        "generator": str(jax.random.key_impl(key)),
+        "also": list(also),
+        "weights": digest(f, x[:1]),
+        **_inputs(x),
+        **described(plan),
+    }
 
-    def fixed(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
-        images = jnp.asarray(images)
-        votes = smoothing.count(key, f, images, plan, index=numbers, mesh=mesh)
-        details = {"selection": votes.selection, "estimation": votes.estimation}
-        return smoothing.bound(votes, images, plan), details
-
-    def sequential(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
-        found = smoothing.certify_at(key, f, jnp.asarray(images), plan, index=numbers, mesh=mesh)
-        names = ("certified", "draws", "class_votes")
-        return found.certificate, {name: getattr(found, name) for name in names}
-
-    certifier = fixed if isinstance(plan, SmoothingPlan) else sequential
+    certifier = _certifier(key, f, plan, mesh)
     return run(
         certifier, x, labels, index=index, batch=batch, path=path, config=config, progress=progress
     )
 
 
+def _certifier(
+    key: jax.Array, f: Model, plan: SmoothingPlan | SequentialPlan, mesh: Mesh | None
+) -> Certifier:
+    """The certificates of a batch, and the votes that they rest on."""
+
+    def until_decided(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
+        assert isinstance(plan, SequentialPlan)
+        found = smoothing.certify_at(key, f, jnp.asarray(images), plan, index=numbers, mesh=mesh)
+        names = ("certified", "draws", "class_votes")
+        return found.certificate, {name: getattr(found, name) for name in names}
+
+    def all_draws(images: Any, numbers: Any) -> tuple[Certificate, Mapping[str, Any]]:
+        assert isinstance(plan, SmoothingPlan)
+        images = jnp.asarray(images)
+        votes = smoothing.count(key, f, images, plan, index=numbers, mesh=mesh)
+        details = {"selection": votes.selection, "estimation": votes.estimation}
+        return smoothing.bound(votes, images, plan), details
+
+    return until_decided if isinstance(plan, SequentialPlan) else all_draws
+
+
+def _inputs(x: Any) -> dict[str, Any]:
+    return {"input": list(np.shape(x)[1:]), "dtype": str(x.dtype)}
+
+
 def described(plan: SmoothingPlan | SequentialPlan) -> dict[str, Any]:
-    """A plan in JSON types: its kind, and each field; distributions and tests by their repr."""
+    """A plan in JSON types: its kind, and each field; distributions and tests as text."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     plain = {
         name: value if isinstance(value, int | float) else list(value)
         for name, value in fields.items()
         if isinstance(value, int | float | tuple)
     }
-    named = {name: repr(value) for name, value in fields.items() if name not in plain}
+    named = {name: _text(value) for name, value in fields.items() if name not in plain}
     return {"plan": type(plan).__name__, **plain, **named}
+
+
+def _text(value: Any, name: str = "") -> str:
+    """A distribution or a test, the same in every process and for numbers of every type."""
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, float) or name == "norm":
+        return repr(float(value)) if isinstance(value, int | float) else repr(value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, smoothing.Ellipsoid):
+        return repr(value)
+    parts = (f"{f.name}={_text(getattr(value, f.name), f.name)}" for f in dataclasses.fields(value))
+    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index: Any) -> Results:
@@ -120,16 +164,19 @@ def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index:
       index: int (m,), the numbers of the images.
 
     Raises:
-      RecordMismatch: the log is of another kind, lacks an image, or was drawn under another plan.
+      RecordMismatch: the log is of another kind, lacks an image, or was drawn under another plan or
+        for images of another shape.
     """
     recorded = records.read(path)
     require_fields(recorded.records, path)
     config = recorded.config
+    if not isinstance(plan, SmoothingPlan):
+        raise TypeError(f"plan must be a SmoothingPlan, got {type(plan).__name__}")
     free = ("alpha", "runner_up")
     wanted = {name: value for name, value in described(plan).items() if name not in free}
-    if "norm" in {f.name for f in dataclasses.fields(plan.noise)}:  # any norm it proves
-        norms = [repr(dataclasses.replace(plan.noise, norm=n)) for n in _norms(plan.noise)]
-        wanted["noise"] = config.get("noise") if config.get("noise") in norms else wanted["noise"]
+    wanted |= _inputs(x)
+    if config.get("noise") in [_text(noise) for noise in _in_any_norm(plan.noise)]:
+        wanted["noise"] = config["noise"]
     differing = [name for name in wanted if config.get(name) != wanted[name]]
     if config.get("method") != METHOD or differing:
         raise RecordMismatch(
@@ -142,11 +189,15 @@ def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index:
     if missing:
         raise RecordMismatch(f"{path} lacks {len(missing)} of the images, such as {missing[0]}")
     kept = [found[i] for i in index.tolist()]
-    votes = Votes(*(np.array([r[n] for r in kept], np.int32) for n in ("selection", "estimation")))
+    selection, estimation = (
+        jnp.array([r[name] for r in kept], jnp.int32) for name in ("selection", "estimation")
+    )
+    votes = Votes(selection, estimation, plan)
     certificate = smoothing.bound(votes, jnp.asarray(x), plan)
+    # Of two ways to bound the same votes, the better one has the errors of both.
+    announced = [config["alpha"], *config["also"]] if plan.runner_up == config["runner_up"] else []
     labels = np.array([record["label"] for record in kept])
     results = from_records(to_records(certificate, index, labels, 0.0))
-    announced = [config["alpha"], *config["also"]]
     return dataclasses.replace(
         results,
         seconds=np.array([record["seconds"] for record in kept]),
@@ -154,14 +205,13 @@ def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index:
     )
 
 
-def _norms(noise: Any) -> list[float]:
-    """The norms in which a distribution proves radii."""
-    known = []
-    for norm in (0.0, 1.0, 2.0, float("inf")):
-        try:
-            known.append(dataclasses.replace(noise, norm=norm).norm)
-        except ValueError:
-            continue
+def _in_any_norm(noise: Any) -> list[Any]:
+    """A distribution with each of the norms that it proves radii in."""
+    known = [noise]
+    if any(f.name == "norm" and f.init for f in dataclasses.fields(noise)):
+        for norm in (1.0, 2.0, float("inf")):
+            with contextlib.suppress(ValueError):
+                known.append(dataclasses.replace(noise, norm=norm))
     return known
 
 

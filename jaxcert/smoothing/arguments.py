@@ -19,7 +19,7 @@ def checked(
     if not isinstance(plan, kind):
         raise TypeError(
             f"plan must be a {kind.__name__}, got {type(plan).__name__}; "
-            f"type {kind.__name__}(noise=Gaussian(0.25), ...)"
+            f"type {kind.__name__}(noise=Gaussian(0.25){', ...' * (kind is not SmoothingPlan)})"
         )
     require_key(key)
     x = require_images(x)
@@ -48,6 +48,8 @@ def require_images(x: Any) -> Array:
             f"x must have a batch axis first, (b, *input); got shape {x.shape}: "
             "write x[None] for one image"
         )
+    if not len(x):
+        raise ValueError(f"x holds no images: shape {x.shape}")
     return jnp.asarray(x)
 
 

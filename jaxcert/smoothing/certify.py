@@ -17,10 +17,10 @@ from jaxcert.certificate import ABSTAIN, Certificate, issue
 from jaxcert.model import Model, Structure, split
 from jaxcert.pytrees import pytree
 from jaxcert.smoothing.affine import AffineFirst
-from jaxcert.smoothing.arguments import checked
+from jaxcert.smoothing.arguments import checked, require_images
 from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, leader_is_certain
 from jaxcert.smoothing.devices import everywhere, over_images, repeated, share, summed
-from jaxcert.smoothing.noise import Additive
+from jaxcert.smoothing.noise.base import Additive, draws_of
 from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.smoothing.sampling import a_copy, count_votes, rows_apart
 
@@ -36,10 +36,12 @@ class Votes:
       selection: int32 (b, k), of the plan's n0 draws.
       estimation: int32 (b, k), of its n draws. Draws whose logits were not finite are in none of
         the k columns.
+      plan: the plan that they were drawn under; static.
     """
 
     selection: Array
     estimation: Array
+    plan: SmoothingPlan = dataclasses.field(metadata={"static": True})
 
 
 def certify(
@@ -115,9 +117,28 @@ def count(
 def bound(votes: Votes, x: Any, plan: SmoothingPlan) -> Certificate:
     """The certificate that votes on the images x (b, *input) prove, under the plan's alpha.
 
-    The plan may differ from that of `count` in alpha and in the norm of its noise, but both are to
-    be chosen before the votes are seen: of two alphas tried on the same votes, the larger counts.
+    The plan may differ from that of `count` in alpha, in `runner_up` and in the norm of its noise,
+    but all are to be chosen before the votes are seen: of two tried on the same votes, both errors
+    count.
+
+    Raises:
+      TypeError: for anything but votes and a plan for them.
+      ValueError: for a plan that the votes were not drawn under, or images that are not theirs.
     """
+    if not isinstance(votes, Votes) or not isinstance(plan, SmoothingPlan):
+        raise TypeError(
+            "type bound(count(key, f, x, plan), x, plan) with a SmoothingPlan, got "
+            f"{type(votes).__name__} and {type(plan).__name__}"
+        )
+    drawn = votes.plan
+    if (draws_of(drawn.noise), drawn.n) != (draws_of(plan.noise), plan.n):
+        raise ValueError(
+            f"these votes were drawn with {drawn.noise} and n={drawn.n}, the plan has {plan.noise} "
+            f"and n={plan.n}; only alpha, runner_up and the norm may differ"
+        )
+    x = require_images(x)
+    if len(x) != len(votes.estimation):
+        raise ValueError(f"there are votes on {len(votes.estimation)} images, got {len(x)}")
     return _bound(votes, x, plan=plan)
 
 
@@ -202,7 +223,7 @@ def _count(
     usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.chunk)
     usable &= _in_one_group(whole[1], plan.group)[: len(x)]
     estimation, selection = (jnp.where(usable[:, None], part[: len(x)], 0) for part in votes)
-    return everywhere(Votes(selection, estimation), mesh)
+    return everywhere(Votes(selection, estimation, plan), mesh)
 
 
 def rebuilt(structure: Structure, arrays: list) -> Model:

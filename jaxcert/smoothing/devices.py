@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Array: TypeAlias = jax.Array
@@ -28,12 +28,15 @@ def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> C
     """
     if mesh is None:
         return local
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     unknown = set(mesh.axis_names) - {IMAGES, SAMPLES}
     if unknown:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}; name them 'images' (to share the batch) and "
             "'samples' (to share the draws), e.g. jax.make_mesh((2, 4), ('images', 'samples'))"
         )
+    mesh = _automatic(mesh)
     part = P(IMAGES) if IMAGES in mesh.axis_names else P()
 
     def whole(arrays: Any, key: Array, x: Array, index: Array) -> _Tree:
@@ -51,6 +54,12 @@ def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> C
         return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, IMAGES, tiled=True), found)
 
     return whole
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same mesh with axes that XLA shards over by itself, whatever `make_mesh` made."""
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
 def repeated(x: Array, index: Array, block: int) -> tuple[Array, Array]:
@@ -78,4 +87,4 @@ def everywhere(tree: _Tree, mesh: Mesh | None) -> _Tree:
     """Results that every device, and so every process, holds as a whole."""
     if mesh is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(_automatic(mesh), P()))

@@ -55,11 +55,12 @@ class SmoothingPlan:
                 "gains next to nothing beyond"
             )
         # n votes of n prove p > alpha^(1/n), which must exceed 1/2: 2^-n < alpha.
-        needed = math.floor(math.log2(1 / self.alpha)) + 1
+        level = self.alpha / 2 if self.runner_up else self.alpha
+        needed = math.floor(math.log2(1 / level)) + 1
         if self.n < needed:
             raise ValueError(
                 f"n={self.n} draws can certify nothing at alpha={self.alpha}: even if all agree "
-                f"the bound alpha^(1/n) is at most 1/2; take n >= {needed}"
+                f"the bound {level:g}^(1/n) is at most 1/2; take n >= {needed}"
             )
 
 
@@ -74,10 +75,13 @@ def require_counts(plan: Any, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{name} must be a positive int, got {value!r}; e.g. {name}=100")
+            raise ValueError(
+                f"{name} must be a positive int, got {value!r} ({type(value).__name__}); e.g. "
+                f"{name}=100"
+            )
 
 
 def require_alpha(alpha: float) -> None:
     """Raise unless it can be the probability of an error."""
-    if not 1e-300 <= alpha < 1:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}; type alpha=1e-3")
+    if not isinstance(alpha, float) or not 1e-300 <= alpha < 1:
+        raise ValueError(f"alpha must lie in (0, 1), got {alpha!r}; type alpha=1e-3")

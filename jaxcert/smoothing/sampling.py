@@ -138,12 +138,13 @@ def number_of_classes(f: Model, x: Any, rows: int) -> int:
     return k
 
 
-def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array | bool:
+def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array:
     """Whether the rows of a batch leave each other alone, without which votes are not independent.
 
     Proved from the model's equations where they can be followed; mixing raises. A model that cannot
     be followed is put to the test: all rows but the first are replaced, and the first row's logits
-    must stay the same to the bit.
+    must stay the same to the bit. Nor may what becomes of an input depend on its row (a mask of the
+    batch's shape): equal rows must have equal logits, but for rounding.
 
     Args:
       structure, arrays: the model.
@@ -153,15 +154,18 @@ def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int
     Raises:
       MixedRows, StatefulModel: see `jaxcert.errors`.
     """
+    alike = jnp.broadcast_to(x[0], (chunk, *x.shape[1:]))
+    logits = structure.build(arrays)(alike)
+    size = jnp.max(jnp.abs(logits[:1]), initial=0.0)
+    off = jnp.abs(logits - logits[:1]) > 2.0**-6 * size
+    apart = ~jnp.any(off & jnp.isfinite(logits) & jnp.isfinite(logits[:1]))
     try:
         trace_rows(structure.build(arrays), (2, *x.shape[1:]), x.dtype)
     except UnsupportedEquation:
-        alike = jnp.broadcast_to(x[0], (chunk, *x.shape[1:]))
-        first, second = (
-            structure.build(arrays)(batch)[0] for batch in (alike, alike.at[1:].multiply(-1.5))
-        )
-        return jnp.all((first == second) | (jnp.isnan(first) & jnp.isnan(second)))
-    return True
+        others = alike.at[1:].multiply(-1.5).at[1:].add(0.3)
+        first, second = logits[0], structure.build(arrays)(others)[0]
+        apart &= jnp.all((first == second) | (jnp.isnan(first) & jnp.isnan(second)))
+    return apart
 
 
 def _schedule(c: Array, n: int, n0: int, chunk: int) -> tuple[Array, Array]:

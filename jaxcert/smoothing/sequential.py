@@ -72,7 +72,8 @@ class SequentialPlan:
         if not isinstance(self.test, SequentialTest):
             raise TypeError(f"test must be a SequentialTest, got {self.test!r}; type Hybrid()")
         radii = self.radii
-        if not (isinstance(radii, tuple) and radii and all(0 <= r < np.inf for r in radii)):
+        known = isinstance(radii, tuple) and all(isinstance(r, int | float) for r in radii)
+        if not (known and radii and all(0 <= r < np.inf for r in radii)):
             raise ValueError(f"radii must be a tuple of numbers >= 0, got {radii!r}; e.g. (0.5,)")
         if self.n % self.peek or self.n + self.n0 >= 2**31:
             raise ValueError(
@@ -172,12 +173,12 @@ def probabilities_needed(
             found = np.asarray(noise.radius(p, None, images))
         return (found[None] >= np.asarray(radii)[:, None]) & (found[None] > 0)
 
-    # The radius grows with p. Each round looks at 4097 points between the ends of the one before.
+    # The radius grows with p. Each round looks at 65 points between the ends of the one before.
     low, high = np.full(len(radii), 0.5), np.full(len(radii), np.nextafter(1.0, 0))
     reached = proves(high[:1])[:, 0]
-    for _ in range(5):
+    for _ in range(10):
         for i in range(len(radii)):
-            points = np.linspace(low[i], high[i], 4097)
+            points = np.linspace(low[i], high[i], 65)
             first = int(np.argmax(proves(points)[i]))
             low[i], high[i] = points[max(first - 1, 0)], points[first]
     # Another batch shape may compute the radius to another last bit, so a little more is asked for.
@@ -279,7 +280,12 @@ def _classes(
     def copies(each: Array, i: Array, numbers: Array) -> Array:
         return noisy_copies(jax.random.fold_in(key, i), each, numbers, plan.noise)
 
-    batch = jax.vmap(copies)(x[image], index[image], number)
+    # A batch of keys of the device's generator draws from the first of them: an image at a time, no
+    # slot's noise is another's, or what an image in its place was shown before.
+    work = x[image], index[image], number
+    batch = (
+        jax.lax.map(lambda slot: copies(*slot), work) if plan.hardware else jax.vmap(copies)(*work)
+    )
     rows = batch.reshape(-1, *batch.shape[2:])
     return predicted_class(f(rows)).reshape(plan.slots, plan.peek)
 
@@ -335,9 +341,17 @@ def _refilled(slots: _Slots, found: _Found, plan: SequentialPlan) -> tuple[_Slot
         found.verdict.at[place].set(slots.verdict),
     )
     new = slots.following + jnp.cumsum(done.astype(jnp.int32)) - 1
-    fresh = [
-        jnp.where(done.reshape(-1, *[1] * (part.ndim - 1)), 0, part)
-        for part in (slots.block, slots.selection, slots.votes, slots.verdict)
-    ]
-    following = slots.following + jnp.sum(done, dtype=jnp.int32)
-    return _Slots(jnp.where(done, new, slots.image), *fresh, following), found
+    fresh = slots._make(
+        [
+            new,
+            *(jnp.zeros_like(part) for part in slots[1:-1]),
+            slots.following + jnp.sum(done, dtype=jnp.int32),
+        ],
+    )
+
+    def replaced(old: Array, made: Array) -> Array:
+        return (
+            made if old.ndim == 0 else jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), made, old)
+        )
+
+    return jax.tree.map(replaced, slots, fresh), found

@@ -16,6 +16,7 @@ import pytest
 from jaxcert import evaluate, smoothing
 from jaxcert.errors import RecordMismatch
 from jaxcert.evaluate import records
+from jaxcert.evaluate.smoothed import described
 from jaxcert.smoothing import Gaussian, GridGaussian, SequentialPlan, SmoothingPlan
 
 M = 12
@@ -72,6 +73,21 @@ def test_a_run_resumes_with_the_same_records_and_refuses_another_plan(tmp_path):
         assert parts.read_bytes() == before
     with pytest.raises(ValueError, match="needs a name for the net"):
         run(parts, net=None)
+    with pytest.raises(RecordMismatch, match="weights"):
+        evaluate.run_smoothing(3, lambda z: -sign(z), X, LABELS, PLAN, net="sign", path=parts)
+    with pytest.raises(ValueError, match="multiple of the plan's group"):
+        run(parts, plan=dataclasses.replace(PLAN, group=2))
+    with pytest.raises(TypeError, match="plan must be"):
+        run(parts, plan=None)
+
+
+def test_a_distribution_is_the_same_text_in_every_process():
+    plan = dataclasses.replace(PLAN, noise=smoothing.Ablation(3))
+    module = "jaxcert.smoothing.noise.discrete.value_and_complement"
+    assert described(plan)["noise"] == f"Ablation(keep=3, encode={module}, norm=0.0)"
+    for noise in (Gaussian(np.float64(0.5)), Gaussian(0.5, norm=2)):
+        plan = dataclasses.replace(PLAN, noise=noise)
+        assert described(plan)["noise"] == "Gaussian(sigma=0.5, norm=2.0)"
 
 
 def test_sequential_runs_record_their_decisions(tmp_path):
@@ -103,12 +119,18 @@ def test_votes_are_bounded_anew_and_say_if_post_hoc(tmp_path):
     later = evaluate.rebound(path, X, dataclasses.replace(PLAN, alpha=0.1), index=index)
     assert later.post_hoc
     assert evaluate.row("net", later, [0.1]).name == "net (post hoc)"
+    both = evaluate.rebound(path, X, dataclasses.replace(PLAN, runner_up=True), index=index)
+    assert both.post_hoc
+    with pytest.raises(RecordMismatch, match="input"):
+        evaluate.rebound(path, np.repeat(X, 2, 1), PLAN, index=index)
+    with pytest.raises(ValueError, match="got norm="):
+        evaluate.write_cohen_log(later, tmp_path / "x.tsv")
     linf = dataclasses.replace(PLAN, noise=Gaussian(0.5, norm=np.inf))
-    assert evaluate.rebound(path, X, linf, index=index[:2] * 0 + [4, 2]).norm == np.inf
+    assert evaluate.rebound(path, X[[4, 2]], linf, index=np.array([4, 2])).norm == np.inf
     with pytest.raises(RecordMismatch, match="noise"):
         evaluate.rebound(path, X, dataclasses.replace(PLAN, noise=Gaussian(0.25)), index=index)
     with pytest.raises(RecordMismatch, match="lacks 1 of the images, such as 99"):
-        evaluate.rebound(path, X, PLAN, index=np.array([0, 99]))
+        evaluate.rebound(path, X[:2], PLAN, index=np.array([0, 99]))
 
 
 def test_shards_are_merged(tmp_path):

@@ -156,6 +156,24 @@ def test_nothing_is_proved_of_what_does_not_lead(name):
     assert np.array_equal(radius(noise, pairs), np.zeros(len(pairs)))
 
 
+def test_radii_are_of_the_numbers_that_are_drawn():
+    """Widths and shapes are rounded to float32 by the samplers, and the radii count that."""
+    p, x = np.array([0.9]), np.zeros((1, 3072), "f")
+    width = float(np.float32(1.4)) / 2
+    assert width < 0.7
+    assert float(Splitting(0.7).radius(p)[0]) <= width * 0.8
+    for pole in np.linspace(3070.9, 3070.999, 7):
+        shape = float(np.float32(3072 - pole))
+        exact = 3072 / 3071 / (math.gamma(shape - 1) / math.gamma(shape))
+        found = float(ExpInf(1.0, pole=pole).radius(p, None, x)[0])
+        assert found <= exact * 0.8 * (1 + 1e-12)
+        assert found >= exact * 0.8 * (1 - 1e-5)
+    for noise in (Ablation(5), BitFlip(0.1, 0.1), Gaussian(1.0)):
+        assert np.asarray(noise.radius(np.array([1.0, 2.0]), None, x[:, :, None].repeat(2, 0)))[
+            [0, 1]
+        ].tolist() == [0, 0]
+
+
 def test_known_radii():
     """Formulas as printed in the papers, in plain floating point."""
     p, d = np.array([0.6, 0.9, 0.999]), 50
@@ -236,20 +254,28 @@ def test_draws_follow_their_laws():
     assert abs(z.mean(0)).max() < 0.05
 
 
-def test_lengths_and_directions_of_noise_on_cubes():
-    for noise, law in (
+@pytest.mark.parametrize(
+    ("noise", "law"),
+    [
         (ExpInf(0.5), stats.gamma(6, scale=0.5)),
-        (PowInf(0.5, power=9.0), stats.betaprime(6, 3, scale=0.5)),
-    ):
-        z = drawn(noise)
-        length = inf(z)
-        assert fits(length, law.cdf)
-        beside = z[np.arange(len(z)), (np.abs(z).argmax(1) + 1) % 6]
-        assert fits(beside / length, stats.uniform(-1, 2).cdf)
-        faces = np.bincount(np.abs(z).argmax(1) * 2 + (z.max(1) == length), minlength=12)
-        assert stats.chisquare(faces).pvalue > 1e-3
-    z = drawn(ExpInf(0.5, power=2.0, pole=1.0))
-    assert fits((inf(z) / 0.5) ** 2, stats.gamma(2.5).cdf)
+        pytest.param(
+            ExpInf(0.5, power=2.0, pole=1.0),
+            stats.gengamma(2.5, 2, scale=0.5),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            PowInf(0.5, power=9.0), stats.betaprime(6, 3, scale=0.5), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_lengths_and_directions_of_noise_on_cubes(noise, law):
+    z = drawn(noise)
+    length = inf(z)
+    assert fits(length, law.cdf)
+    beside = z[np.arange(len(z)), (np.abs(z).argmax(1) + 1) % 6]
+    assert fits(beside / length, stats.uniform(-1, 2).cdf)
+    faces = np.bincount(np.abs(z).argmax(1) * 2 + (z.max(1) == length), minlength=12)
+    assert stats.chisquare(faces).pvalue > 1e-3
 
 
 def test_splitting_is_a_threshold_and_its_side():

@@ -12,7 +12,7 @@ from scipy import stats
 from jaxcert import smoothing
 from jaxcert.sets import Grid
 from jaxcert.smoothing import AffineFirst, Gaussian, GridGaussian, SmoothingPlan
-from jaxcert.smoothing.noise.grid import MOST, _guess, integers, thresholds
+from jaxcert.smoothing.noise.grid import MOST, _guess, integers, on_grid, thresholds
 
 
 def exact_law(scale, reach):
@@ -154,3 +154,20 @@ def test_bad_grids_are_named():
         GridGaussian(0.5, levels=0)
     with pytest.raises(ValueError, match="more than 4096 steps"):
         GridGaussian(100.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_numbers_between_grid_points_are_off_the_grid_in_every_type(dtype):
+    """With a tolerance that grew with the type's rounding, half floats all passed."""
+    k = jnp.arange(256, dtype=jnp.float32)
+    exact = (k / 255).astype(dtype)
+    between = ((k[100:250] + 0.4) / 255).astype(dtype)
+    off = between[(between != exact[100:250]) & (between != exact[101:251])]
+    assert on_grid(exact[:, None], 255).all()
+    assert not on_grid(off[:, None], 255).any()
+    assert off.size > 0
+    if dtype != jnp.float32:  # too few digits to tell the points apart
+        fine = (jnp.arange(8000, 8190, dtype=jnp.float32) / 8191).astype(dtype)
+        assert not on_grid(fine[:, None], 8191).any()
+    large = jnp.array([[1e30], [jnp.inf], [jnp.nan]], jnp.float32)
+    assert not on_grid(large, 255).any()

@@ -163,3 +163,29 @@ def test_other_mistakes_are_named():
     with pytest.raises(TypeError, match="plan must be a SequentialPlan"):
         smoothing.certify_at(KEY, sign, X, SmoothingPlan(noise=Gaussian(0.5)))
     assert math.isclose(PLAN.alpha, 1e-3)
+
+
+def test_the_hardware_generator_repeats_no_draw():
+    """A batch of its keys draws from the first one: slots would share noise, and see it again."""
+    seen = []
+
+    def spy(z):
+        jax.debug.callback(lambda v: seen.append(np.asarray(v)), z, ordered=True)
+        return sign(z)
+
+    plan = SequentialPlan(**{**vars(PLAN), "n": 500, "slots": 2, "hardware": True})
+    x = np.full((3, 1), 0.25, np.float32)
+    found = smoothing.certify_at(KEY, spy, x, plan)
+    jax.effects_barrier()
+    draws = np.concatenate([batch[:, 0] for batch in seen if batch[0] != batch[1]])
+    while_three = draws[: 100 * (int(found.draws.min()) // 50)]
+    assert len(np.unique(while_three)) > 0.99 * while_three.size
+
+
+def test_a_radius_within_the_box_is_refused_outside_of_it():
+    noise = smoothing.Uniform(2.0, unit_box=True)
+    plan = SequentialPlan(noise=noise, radii=(0.8,), n=2000)
+    with pytest.raises(ValueError, match="none that Uniform"):
+        smoothing.certify_at(KEY, sign, jnp.array([[2.0]]), plan)
+    traced = jax.jit(lambda x: smoothing.certify_at(KEY, sign, x, plan).certificate.prediction)
+    assert traced(jnp.array([[2.0]])).tolist() == [-1]

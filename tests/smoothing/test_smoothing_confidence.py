@@ -134,3 +134,7 @@ def test_leader_test_is_the_two_sided_binomial_test(alpha):
 def test_no_leader_without_votes_or_with_a_tie():
     first, second = np.array([0, 7, 10**9]), np.array([0, 7, 10**9 - 1])
     assert not np.any(leader_is_certain(first, second, 0.9))
+
+
+def test_no_confidence_proves_nothing():
+    assert np.asarray(clopper_pearson_lower(np.array([0, 50, 100]), 100, 1.0)).tolist() == [0] * 3

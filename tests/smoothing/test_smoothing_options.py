@@ -94,8 +94,8 @@ def test_bound_is_certify_and_takes_another_norm_and_level_from_the_same_votes()
 def test_bounding_the_runner_up_certifies_without_a_majority():
     """40 % of the votes against 12 times 5 %."""
     estimation = np.array([[400] + 12 * [50]], np.int32)
-    votes = smoothing.Votes(jnp.asarray(estimation), jnp.asarray(estimation))
     plan = SmoothingPlan(noise=Gaussian(0.5), n=1000)
+    votes = smoothing.Votes(jnp.asarray(estimation), jnp.asarray(estimation), plan)
     x = np.zeros((1, 4), np.float32)
     assert smoothing.bound(votes, x, plan).prediction[0] == -1
     both = smoothing.bound(votes, x, dataclasses.replace(plan, runner_up=True))
@@ -128,9 +128,43 @@ def test_a_model_in_bfloat16_is_another_function_and_certified_as_such():
         smoothing.in_bfloat16(lambda z: z @ w)
 
 
+def test_votes_are_bounded_only_under_the_plan_they_were_drawn_with():
+    votes = smoothing.count(KEY, integer_net, X, PLAN)
+    for plan in (
+        dataclasses.replace(PLAN, n=40),
+        dataclasses.replace(PLAN, noise=Gaussian(5.0)),
+        dataclasses.replace(PLAN, noise=GridGaussian(0.5)),
+    ):
+        with pytest.raises(ValueError, match="these votes were drawn with"):
+            smoothing.bound(votes, X, plan)
+    with pytest.raises(ValueError, match="votes on 5 images, got 2"):
+        smoothing.bound(votes, X[:2], PLAN)
+    with pytest.raises(TypeError, match="type bound"):
+        smoothing.bound(votes.estimation, X, PLAN)
+
+
+def test_what_depends_on_the_row_is_not_certified():
+    def first_row_differs(z):
+        first = jnp.arange(len(z)) == 0
+        return (
+            jnp.stack([jnp.where(first, -1.0, 1.0), jnp.where(first, 1.0, -1.0)], 1) + 0 * z[:, :2]
+        )
+
+    def masked(z):
+        mask = jax.random.bernoulli(jax.random.key(0), 0.5, z.shape)
+        return jnp.where(mask, z, 0) @ WEIGHTS
+
+    for f in (first_row_differs, masked):
+        assert count(PLAN, f)[1].sum() == 0
+
+
+def test_no_images_are_named():
+    with pytest.raises(ValueError, match="no images"):
+        count(PLAN, x=X[:0])
+
+
 MESHES = """
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType
 from jaxcert import smoothing
 from jaxcert.smoothing import Gaussian, SequentialPlan, SmoothingPlan
 
@@ -143,8 +177,7 @@ grouped = SmoothingPlan(noise=Gaussian(0.5), n0=7, n=50, chunk=4, alpha=0.01, gr
 until = SequentialPlan(noise=Gaussian(0.5), radii=(0.1,), n0=10, n=600, peek=20, slots=2)
 
 def mesh(*shape, axes):
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    return jax.make_mesh(shape, axes, devices=jax.devices()[: int(np.prod(shape))])
 
 def same(run, mesh):
     found, reference = jax.tree.leaves(run(mesh)), jax.tree.leaves(run(None))

@@ -90,7 +90,7 @@ def clopper_pearson_lower(successes: Any, n: Any, alpha: Any) -> Array:
     Args:
       successes: ints (...), k; anything outside [0, n] gives 0.
       n: number of trials, below 2^31.
-      alpha: one minus the confidence; below 1e-300 the bound is 0.
+      alpha: one minus the confidence; below 1e-300 and from 1 on the bound is 0.
 
     Returns:
       float64 (...).
@@ -114,7 +114,7 @@ def _lower_bound(k: Array, n: Array, alpha: Array) -> Array:
 
         zero = jnp.zeros(jnp.broadcast_shapes(k.shape, n.shape, alpha.shape), jnp.float64)
         low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (zero, zero + 1))
-        return low
+        return jnp.where(alpha < 1, low, 0.0)
 
 
 def clopper_pearson_upper(successes: Any, n: Any, alpha: Any) -> Array:
@@ -127,7 +127,7 @@ def clopper_pearson_upper(successes: Any, n: Any, alpha: Any) -> Array:
     Args:
       successes: ints (...), k; anything outside [0, n] gives 1.
       n: number of trials, below 2^31.
-      alpha: one minus the confidence; below 1e-300 the bound is 1.
+      alpha: one minus the confidence; below 1e-300 and from 1 on the bound is 1.
 
     Returns:
       float64 (...).

@@ -1,8 +1,9 @@
 """What a noise distribution must offer, and arithmetic that all of them share."""
 
 import abc
+import dataclasses
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,20 @@ class Additive(Noise):
     def apply(self, x: Array, drawn: Array) -> Array:
         """The sum, in the type of x."""
         return (x + no_contraction(drawn)).astype(x.dtype)
+
+    def perturb(self, key: Array, x: Array) -> Array:
+        """One noisy copy of x (*input)."""
+        # In one dimension: XLA:CPU vectorises along the last axis, which may be a single channel.
+        drawn = self.sample(key, x.shape, x.dtype)
+        return self.apply(x.reshape(-1), drawn.reshape(-1)).reshape(x.shape)
+
+
+def draws_of(noise: Noise) -> tuple[Any, ...]:
+    """What the draws depend on: all of a distribution but what its radius is claimed for."""
+    fields = [
+        f.name for f in dataclasses.fields(cast(Any, noise)) if f.name not in ("norm", "unit_box")
+    ]
+    return (type(noise), *(getattr(noise, name) for name in fields))
 
 
 def no_contraction(value: Array) -> Array:

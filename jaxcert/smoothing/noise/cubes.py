@@ -48,7 +48,7 @@ class ExpInf(Additive):
         require_scale(self, "scale", "ExpInf(0.01)")
         require_scale(self, "power", "ExpInf(0.01, power=2.0)")
         require_norm(self, (1, math.inf))
-        if not (math.isfinite(self.pole) and self.pole >= 0):
+        if not (isinstance(self.pole, int | float) and 0 <= self.pole < math.inf):
             raise ValueError(f"pole must be 0 or more, got {self.pole}")
         if self.norm == math.inf and (self.power, self.pole) != (1, 0):
             raise ValueError("norm=inf is proved for power=1.0 and pole=0.0 only")
@@ -56,11 +56,12 @@ class ExpInf(Additive):
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         """One draw, in at least float32."""
         d = self._checked_size(math.prod(shape))
-        length, rest = jax.random.split(key)
+        with jax.threefry_partitionable(False):
+            length, rest = jax.random.split(key)
         direction = _on_the_cube(rest, shape, dtype)
         # The density of the length r is r^(d - 1 - pole) exp(-(r / scale)^power).
         with jax.threefry_partitionable(False):
-            gamma = jax.random.gamma(length, (d - self.pole) / self.power, (), direction.dtype)
+            gamma = jax.random.gamma(length, self._gamma_shape(d), (), direction.dtype)
         return self.scale * gamma ** (1 / self.power) * direction
 
     def radius(self, p_lower: Any, p_upper: Any = None, x: Any = None) -> Array:
@@ -74,14 +75,19 @@ class ExpInf(Additive):
             d = self._checked_size(input_size(self, x, p_lower))
             # r^power / scale^power is Gamma((d - pole) / power), so that E[1 / r] is a quotient of
             # gamma functions.
-            a = (d - self.pole) / self.power
-            logs = math.lgamma(a), math.lgamma(a - 1 / self.power)
-            rounding = 8 * 2.0**-53 * (1 + abs(logs[0]) + abs(logs[1]))
+            a = self._gamma_shape(d)
+            less = a - 1 / self.power
+            logs = math.lgamma(a), math.lgamma(less)
+            rounding = 8 * 2.0**-53 * (1 + abs(logs[0]) + abs(logs[1]) + a / less)
             mean_inverse = math.exp(logs[1] - logs[0] + rounding)
             return proved(scale * _l1_distance(p_lower, p_upper, d, mean_inverse), p_lower, p_upper)
 
+    def _gamma_shape(self, d: int) -> float:
+        """(d - pole) / power, rounded to float32: that of (length / scale)^power as it is drawn."""
+        return float(np.float32((d - self.pole) / self.power))
+
     def _checked_size(self, d: int) -> int:
-        if not (d >= 2 and self.pole < d - 1):
+        if not (d >= 2 and self.pole < d - 1 and self._gamma_shape(d) > 1 / self.power):
             raise ValueError(
                 f"ExpInf needs inputs of 2 coordinates or more and a pole below d - 1, got d = {d} "
                 f"and pole = {self.pole}"
@@ -109,12 +115,13 @@ class PowInf(Additive):
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         """One draw, in at least float32."""
         d = self._checked_size(math.prod(shape))
-        first, second, rest = jax.random.split(key, 3)
+        with jax.threefry_partitionable(False):
+            first, second, rest = jax.random.split(key, 3)
         direction = _on_the_cube(rest, shape, dtype)
         # r / scale has density r^(d - 1) (1 + r)^-power: a quotient of gammas (beta prime).
         with jax.threefry_partitionable(False):
             top = jax.random.gamma(first, d, (), direction.dtype)
-            bottom = jax.random.gamma(second, self.power - d, (), direction.dtype)
+            bottom = jax.random.gamma(second, self._excess(d), (), direction.dtype)
         return self.scale * (top / bottom) * direction
 
     def radius(self, p_lower: Any, p_upper: Any = None, x: Any = None) -> Array:
@@ -124,11 +131,15 @@ class PowInf(Additive):
             p_lower, p_upper = bounded(p_lower, p_upper)
             d = self._checked_size(input_size(self, x, p_lower))
             # The mean of the inverse of a beta prime variable of (d, power - d).
-            mean_inverse = (self.power - d) / (d - 1)
+            mean_inverse = self._excess(d) / (d - 1)
             return proved(scale * _l1_distance(p_lower, p_upper, d, mean_inverse), p_lower, p_upper)
 
+    def _excess(self, d: int) -> float:
+        """power - d, rounded to float32, as it is drawn with."""
+        return float(np.float32(self.power - d))
+
     def _checked_size(self, d: int) -> int:
-        if not (d >= 2 and self.power > d):
+        if not (d >= 2 and self._excess(d) > 0):
             raise ValueError(
                 f"PowInf needs inputs of 2 coordinates or more and a power above d, got d = {d} "
                 f"and power = {self.power}; type power=2.0 * {d}"
@@ -138,7 +149,8 @@ class PowInf(Additive):
 
 def _on_the_cube(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """A point uniform on the surface of [-1, 1]^shape: a face, and a place on it."""
-    face, side, place = jax.random.split(key, 3)
+    with jax.threefry_partitionable(False):
+        face, side, place = jax.random.split(key, 3)
     point = symmetric_uniform(place, shape, dtype)
     d = math.prod(shape)
     with jax.threefry_partitionable(False):

@@ -29,7 +29,8 @@ class Splitting(Noise):
 
     With s uniform on [0, 2 width], the model sees (min(s, 1) + 1[x > s]) / 2: the threshold, and on
     which side the pixel lies. Levine and Feizi (ICML 2021).
-    `jaxcert.smoothing.certify_splitting` is the form without randomness.
+    As for `Gaussian`, the theorem is about real numbers: thresholds here take 2^23 values.
+    `jaxcert.smoothing.certify_splitting`, without randomness, covers the program that runs.
 
     Attributes:
       width: half the thresholds' range, at least 1/2.
@@ -68,7 +69,8 @@ class Splitting(Noise):
         """See `Noise`."""
         with jax.enable_x64(True):
             p_lower, p_upper = bounded(p_lower, p_upper)
-            return proved(self.width * (p_lower - p_upper), p_lower, p_upper)
+            width = min(self.width, float(np.float32(2 * self.width)) / 2)  # as `sample` rounds it
+            return proved(width * (p_lower - p_upper), p_lower, p_upper)
 
 
 def value_and_complement(x: Array, kept: Array) -> Array:
@@ -85,9 +87,9 @@ class Ablation(Noise):
 
     Attributes:
       keep: how many pixels are seen.
-      encode: `(x, kept) -> array`, what the model receives, of kept bool (*places, 1); default
-        the channels x and 1 - x, so that a pixel that is not kept differs from a black one. It must
-        not depend on x where kept is False.
+      encode: a pure `(x, kept) -> array`, what the model receives, of kept bool (*places, 1);
+        default the channels x and 1 - x, so that a pixel that is not kept differs from a black one.
+        It must not depend on x where kept is False.
     """
 
     keep: int
@@ -121,8 +123,9 @@ class Ablation(Noise):
             p_lower, p_upper = bounded(p_lower, p_upper)
             places = self._places(input_shape(self, x, p_lower))
             seen = jnp.asarray(_changes_seen(places, self.keep), jnp.float64)
-            gap = p_lower - p_upper - 2.0**-40  # twice the ties
-            return jnp.sum(gap[..., None] > 2 * seen, axis=-1).astype(jnp.float64)
+            gap = p_lower - p_upper - places**2 * 2.0**-62  # ties, at x and x', of both classes
+            pixels = jnp.sum(gap[..., None] > 2 * seen, axis=-1)
+            return jnp.where((p_lower < 1) & (p_upper > 0), pixels.astype(jnp.float64), 0.0)
 
     def _places(self, shape: tuple[int, ...]) -> int:
         places = math.prod(shape[:-1])
@@ -187,9 +190,10 @@ class BitFlip(Noise):
     def radius(self, p_lower: Any, p_upper: Any = None, x: Any = None) -> Array:
         """The number of flips, at most `most`; see `Noise`. p_upper is not made use of."""
         with jax.enable_x64(True):
-            p_lower, _ = bounded(p_lower, p_upper)
+            p_lower, p_upper = bounded(p_lower, p_upper)
             needed = jnp.asarray(_needed(*self._drawn(), self.most), jnp.float64)
-            return jnp.sum(p_lower[..., None] > needed, axis=-1).astype(jnp.float64)
+            flips = jnp.sum(p_lower[..., None] > needed, axis=-1)
+            return jnp.where((p_lower < 1) & (p_upper > 0), flips.astype(jnp.float64), 0.0)
 
     def _drawn(self) -> tuple[float, float]:
         """The probabilities as 32 bits draw them, exactly."""

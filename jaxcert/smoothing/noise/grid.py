@@ -68,8 +68,7 @@ class GridGaussian(Noise):
 
     def apply(self, x: Array, drawn: Array) -> Array:
         """The integers divided by the levels, in the type of x."""
-        value = nearest_level(x, self.levels) + drawn
-        return (value.astype(x.dtype) / self.levels).astype(x.dtype)
+        return at_level(nearest_level(x, self.levels) + drawn, self.levels, x.dtype)
 
     def usable(self, x: Array) -> Array:
         """Whether each of x (b, *input) lies on the grid."""
@@ -80,26 +79,44 @@ class GridGaussian(Noise):
         with jax.enable_x64(True):
             p_lower, p_upper = bounded(p_lower, p_upper)
             d = input_size(self, x, p_lower)
-            # The law drawn from differs from the exact one by this much in total variation.
-            variation = d * thresholds(self._scale)[1]
-            away = quantile_distance(p_lower - variation, p_upper + variation)
+            known = (p_lower < 1) & (p_upper > 0)
+            # The law drawn from is at most v from the exact one, in total variation: p_lower - v
+            # bounds the exact probability at x, and at x' the drawn law again, of both classes,
+            # which a further v on each side covers: the classes' exact probabilities at the radius
+            # are then 2 v apart, as 1 / phi is convex.
+            v = d * thresholds(self._scale)[1]
+            away = quantile_distance(p_lower - 2 * v, p_upper + 2 * v)
             # Grid points are at distances that floats round: q |k - k'| is computed by callers from
             # inputs that are each off by their own rounding.
-            radius = self.sigma * away * (1 - 2.0**-20)
+            radius = jnp.where(known, self.sigma * away * (1 - 2.0**-20), 0.0)
             return radius / math.sqrt(d) * (1 - 2.0**-51) if self.norm == math.inf else radius
 
 
 def on_grid(x: Array, levels: int) -> Array:
-    """Whether each of x (b, *input) is of integers / levels, up to the rounding of its type."""
+    """Whether each of x (b, *input) holds numbers k / levels, as its float type rounds them.
+
+    Numbers so large, or of so few digits, that their k is uncertain are none.
+    """
     x = jnp.asarray(x)
-    off = jnp.abs(x * levels - nearest_level(x, levels))
-    rounding = 4 * jnp.finfo(x.dtype).eps * jnp.abs(x) * levels
-    return jnp.all(jnp.isfinite(x) & (off <= rounding), axis=tuple(range(1, x.ndim)))
+    k = nearest_level(x, levels)
+    # float32 pixels may be off by a unit, also after a cast to float64.
+    unit = 2.0**-23 if jnp.finfo(x.dtype).eps <= 2.0**-23 else 0.0
+    before, point, after = (at_level(k + step, levels, x.dtype) for step in (-1, 0, 1))
+    near = jnp.abs(x - point) <= unit * jnp.abs(point)
+    certain = (before < point) & (point < after) & (jnp.abs(k) * unit <= 0.25)
+    return jnp.all(jnp.isfinite(x) & near & certain, axis=tuple(range(1, x.ndim)))
+
+
+def at_level(k: Array, levels: int, dtype: Any) -> Array:
+    """k / levels, rounded to a float type."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (k.astype(wide) / levels).astype(dtype)
 
 
 def nearest_level(x: Array, levels: int) -> Array:
     """The integer nearest to levels x, int32."""
-    return jnp.round(x * levels).astype(jnp.int32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.round(x.astype(wide) * levels).astype(jnp.int32)
 
 
 # K = round(scale N) has P(|K| >= m) = erfc((m - 1/2) / (scale sqrt 2)) =: S_m for m >= 1. With u

@@ -67,6 +67,11 @@ class Uniform(Additive):
         """One draw, in at least float32."""
         return self.width * symmetric_uniform(key, shape, dtype)
 
+    def usable(self, x: Array) -> Array:
+        """Whether all values are finite, and in [0, 1] where the radius is about that box."""
+        inside = (x >= 0) & (x <= 1) if self.unit_box else jnp.isfinite(x)
+        return jnp.all(inside, axis=tuple(range(1, x.ndim)))
+
     # Outside of the shared volume, whose share is V, the votes may be anything: the class keeps at
     # least pA - (1 - V), any other has at most pB + (1 - V), so all is well while
     # V > 1 - (pA - pB) / 2 =: t.
@@ -134,7 +139,8 @@ class UniformBall(Additive):
 
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         """One draw, in at least float32."""
-        direction, length = jax.random.split(key)
+        with jax.threefry_partitionable(False):
+            direction, length = jax.random.split(key)
         normal = standard_normal(direction, shape, dtype)
         with jax.threefry_partitionable(False):
             u = jax.random.uniform(length, (), normal.dtype)
@@ -158,14 +164,15 @@ class UniformBall(Additive):
 def _beta_quantile_above(probability: Array, d: int) -> Array:
     """z <= 1/2 with I_z((d+1)/2, (d+1)/2) >= probability for sure, close to the least one; x64."""
     a = (d + 1) / 2
+    excess = 64 * 2.0**-52 * (100 + d * math.log(d))
 
     def halve(_, ends):
         low, high = ends
         middle = (low + high) / 2
         # I_z(a, a) is P[Binomial(d, z) >= a] continued to half-integers, which `upper_tail` exceeds
-        # by a relative 1e-7 at most; 1 says that nothing is known.
+        # by 32 eps (100 + d log d) at most, of its size; 1 says that nothing is known.
         tail = upper_tail(a, d, middle)
-        enough = (tail < 1) & (tail * (1 - 1e-6) >= probability)
+        enough = (tail < 1) & (tail * (1 - excess) >= probability)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     zero = jnp.zeros_like(probability)
