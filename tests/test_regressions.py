@@ -29,7 +29,7 @@ FIRST, SECOND = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
 
 
 @pytest.mark.parametrize("outward", [False, True])
-@pytest.mark.parametrize("b", [1, 4])
+@pytest.mark.parametrize("b", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_spec_behind_a_merged_batch_axis_keeps_examples_apart(b, outward):
     """Rows of the spec were mixed with tokens where the last layer ran on (b * tokens, d)."""
     weights = jax.random.normal(jax.random.key(3), (2, 3))

@@ -45,9 +45,8 @@ def run(
     before the next batch begins; images already recorded there are not certified again.
 
     Args:
-      certifier: `(x, index) -> Certificate`, of (b, *input) and int (b,), e.g.
-        `lambda x, index: lipschitz.certify(f, x)`; or a pair of a certificate and of what else to
-        record, `{name: array (b, ...)}`.
+      certifier: `lambda x, index: lipschitz.certify(f, x)`, of (b, *input) and int (b,); or one
+        that returns a certificate and what else to record, `{name: array (b, ...)}`.
       x: images (m, *input), a numpy or JAX array; batches are passed on as they come.
       labels: int (m,), the true classes.
       index: int (m,), distinct: the place of each image in its data set; default arange(m).

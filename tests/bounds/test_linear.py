@@ -251,7 +251,16 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "ball"), [*((name, LinfBall) for name in METHODS), ("crown_ibp", L2Ball)]
+    ("name", "ball"),
+    [
+        ("crown", LinfBall),
+        ("alpha_crown", LinfBall),
+        ("crown_ibp", L2Ball),
+        *(
+            pytest.param(n, LinfBall, marks=pytest.mark.slow)
+            for n in ("crown_ibp", "forward_linear")
+        ),
+    ],
 )
 def test_proofs_hold_in_rationals_and_cost_almost_nothing(name, ball):
     """At eps = 0 and 1e-7, where rounding is as large as anything else, and where it is not."""

@@ -229,16 +229,15 @@ def test_every_function_is_checked():
     assert names == set(LINES)
 
 
-def every_second(cases):
-    """The others run with `-m ''`."""
-    slow = pytest.mark.slow
-    return [pytest.param(case, marks=slow if i % 2 else ()) for i, case in enumerate(cases)]
+# A third of the functions, whose programs all tests share.
+SOME = [pytest.param(case, marks=pytest.mark.slow if i % 3 else ()) for i, case in enumerate(CASES)]
+SOME_PLAIN = [
+    pytest.param(case, marks=pytest.mark.slow if list(CASES).index(case) % 3 else ())
+    for case in PLAIN
+]
 
 
-EVERY_SECOND = every_second(CASES)
-
-
-@pytest.mark.parametrize("case", EVERY_SECOND)
+@pytest.mark.parametrize("case", SOME)
 def test_sound(case):
     """In float32 up to its rounding, in a proof up to that of the float64 values compared with."""
     l, u = boxes(case, 0)
@@ -258,7 +257,7 @@ MODES = ((False, False, 4e-6), (True, True, 1e-14))
 FLUSHED = {False: 1e-36, True: 1e-270}
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", SOME_PLAIN)
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-30, 30)), min_size=8, max_size=8))
 @settings(max_examples=3)
 def test_sound_on_any_box(case, pairs):
@@ -273,7 +272,7 @@ def test_sound_on_any_box(case, pairs):
     assert (above >= -slack).all()
 
 
-@pytest.mark.parametrize("case", EVERY_SECOND)
+@pytest.mark.parametrize("case", SOME)
 def test_a_proof_holds_in_exact_arithmetic(case):
     """The stored lines against 60 digits, both sides as rationals."""
     l, u = boxes(case, 5)
@@ -305,7 +304,7 @@ def envelopes(x, y, m):
     return np.array(low), np.array(high)
 
 
-@pytest.mark.parametrize("case", EVERY_SECOND)
+@pytest.mark.parametrize("case", SOME)
 def test_tight(case):
     """At most 1.01 times the least area between lines, which is the least height at the centre.
 
@@ -341,7 +340,7 @@ def test_tight(case):
         assert (excess <= allowed)[short].all()
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", SOME_PLAIN)
 def test_a_proof_costs_little(case):
     l, u = boxes(case, 3)
     m = l / 2 + u / 2
@@ -359,7 +358,7 @@ def test_a_proof_costs_little(case):
         assert (np.abs(p - q) <= 1e-9 * scale).all()
 
 
-@pytest.mark.parametrize("case", every_second(PLAIN))
+@pytest.mark.parametrize("case", SOME_PLAIN)
 def test_derivatives_are_those_of_finite_differences(case):
     """In l and in u, of a random sum of the four parts, but near where a line changes its kind."""
     rng = np.random.default_rng(2)
@@ -409,7 +408,7 @@ def test_relu_is_the_closed_form():
         assert np.allclose(found.upper_offset[open_], -chord * l[open_], rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SOME)
 def test_what_is_not_known_stays_unknown(case):
     """NaN and infinite ends, and boxes outside of the domain: the interval rule's ends."""
     l = np.resize([np.nan, 0.0, -np.inf, 2.0, -np.inf, -1e30, -3.0], N)

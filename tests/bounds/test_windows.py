@@ -188,7 +188,7 @@ def test_windows_give_the_dense_bounds(monkeypatch, f):
     _close(windows, dense)
 
 
-@pytest.mark.parametrize("ball", [L2Ball, L1Ball])
+@pytest.mark.parametrize("ball", [L2Ball, pytest.param(L1Ball, marks=pytest.mark.slow)])
 def test_windows_of_cut_balls(monkeypatch, ball):
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (2, 6, 5, 2)), jnp.float32)
     valid = Box(jnp.zeros(x.shape), 0.9 + 0.1 * x)

@@ -91,7 +91,7 @@ def test_decides_what_enumeration_decides(split_inputs, seed, margins):
         assert programs.status.tolist() == verdict.status.tolist()
 
 
-@MODES
+@MODES_OF_WHICH_ONE_IS_SLOW
 def test_cuts_decide(split_inputs):
     """x_0 + x_1 > 0.25 where x_0 + x_1 >= 0.3, but neither on the box nor where it is >= 0.2."""
     level, spec = np.array([[0.3], [0.2], [-2.0]]), Spec(jnp.eye(3)[:1], -0.25)
