@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -138,11 +139,18 @@ def _fingerprint(structure: Structure, arrays: list[Any], x: Any) -> Any:
 
 
 def digest(f: Model, x: Any) -> str:
-    """A name for what f computes on inputs like x: of its weights, or its program's constants."""
-    arrays, structure = split(f, x)
-    found = hashlib.sha256(repr((structure.treedef, structure.program)).encode())
-    for array in arrays:
-        found.update(f"{array.dtype}{array.shape}".encode() + _bytes(array))
+    """A name for what f computes on inputs like x: of its program, weights and constants.
+
+    The same in every process that runs the same version of JAX.
+    """
+    arrays, structure = split(f)
+    specs = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
+    closed = jax.make_jaxpr(lambda arrays, z: structure.build(arrays)(z))(specs, _spec(x))
+    program = re.sub("0x[0-9a-f]+", "", str(closed))  # functions are printed with their address
+    found = hashlib.sha256(program.encode())
+    with jax.ensure_compile_time_eval():
+        for array in [*arrays, *_constants_of(closed)]:
+            found.update(_bytes(array))
     return found.hexdigest()[:16]
 
 

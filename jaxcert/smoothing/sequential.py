@@ -165,7 +165,7 @@ def probabilities_needed(
 
     1, which no number of votes proves, where none below 1 does.
     """
-    # Radii depend on the inputs' size only, or are the smallest at 0 (`Uniform` within the unit box).
+    # Radii depend on the inputs' size, or are the smallest at 0 (`Uniform` within the unit box).
     x = np.zeros((1, *shape), np.float32)
 
     def proves(p: np.ndarray) -> np.ndarray:

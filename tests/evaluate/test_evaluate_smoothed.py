@@ -189,6 +189,35 @@ def test_a_rounded_radius_can_be_lowered_below_the_certified_one(tmp_path):
     assert (lowered > exact * 0.98).all()
 
 
+NAMES = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import linen, nnx
+from jaxcert.model import digest
+x = jnp.zeros((1, 4))
+dense = linen.Dense(3)
+for scale in (1.0, 2.0):
+    w = np.full((4, 3), scale, np.float32)
+    layer = nnx.Linear(4, 3, kernel_init=lambda *_: jnp.asarray(w), rngs=nnx.Rngs(0))
+    models = (
+        nnx.Sequential(layer, nnx.gelu),
+        jax.tree_util.Partial(dense.apply, {"params": {"kernel": w, "bias": w[0]}}),
+        lambda z: jax.nn.relu(z @ w),
+    )
+    print(*(digest(f, x) for f in models))
+"""
+
+
+def test_a_model_has_one_name_in_every_process_and_another_with_other_weights():
+    both = [
+        subprocess.run(
+            [sys.executable, "-c", NAMES], check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert both[0] == both[1]
+    assert len(set(both[0].split())) == 6
+
+
 # Kill -9, for real: a run over 200 images is killed at 20 random places.
 CHILD = """
 import sys
