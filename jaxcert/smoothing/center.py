@@ -24,7 +24,6 @@ from jaxcert.smoothing.outputs import (
     output_shape,
     per_image,
     sigma_of,
-    usable,
 )
 from jaxcert.smoothing.percentile import (
     SLACK,
@@ -35,6 +34,7 @@ from jaxcert.smoothing.percentile import (
     sorted_draws,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
+from jaxcert.smoothing.sampling import usable
 
 Array: TypeAlias = jax.Array
 
@@ -234,7 +234,7 @@ def _ball(
 
     centers = _centers(arrays, key, x, index, structure=structure, plan=plan, metric=metric)
     radii = per_image(one, key, index, plan, x, centers, rank)
-    return centers, jnp.where(usable(structure, arrays, x, plan), radii, jnp.inf)
+    return centers, jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk), radii, jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "plan", "metric"))
@@ -263,7 +263,9 @@ def _centers(
         return candidates[jnp.argmin(jax.lax.map(reach, candidates))]
 
     centers = per_image(one, key, index, plan, x)
-    good = usable(structure, arrays, x, plan).reshape(-1, *(1,) * (centers.ndim - 1))
+    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
+        -1, *(1,) * (centers.ndim - 1)
+    )
     return jnp.where(good, centers, jnp.nan)
 
 

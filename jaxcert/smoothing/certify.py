@@ -22,7 +22,7 @@ from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, le
 from jaxcert.smoothing.devices import everywhere, over_images, repeated, share, summed
 from jaxcert.smoothing.noise.base import Additive, draws_of
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import a_copy, count_votes, rows_apart
+from jaxcert.smoothing.sampling import count_votes, usable
 
 Array: TypeAlias = jax.Array
 
@@ -219,10 +219,9 @@ def _count(
 
     whole = repeated(x, index, plan.group)
     votes = over_images(counted, mesh, plan.group)(arrays, key, *whole)
-    usable = plan.noise.usable(x)
-    usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.chunk)
-    usable &= _in_one_group(whole[1], plan.group)[: len(x)]
-    estimation, selection = (jnp.where(usable[:, None], part[: len(x)], 0) for part in votes)
+    good = usable(structure, arrays, x, plan.noise, plan.chunk)
+    good &= _in_one_group(whole[1], plan.group)[: len(x)]
+    estimation, selection = (jnp.where(good[:, None], part[: len(x)], 0) for part in votes)
     return everywhere(Votes(selection, estimation, plan), mesh)
 
 

@@ -20,8 +20,9 @@ from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.certify import confidence
 from jaxcert.smoothing.confidence import clopper_pearson_lower
-from jaxcert.smoothing.outputs import output_shape, per_image, sigma_of, tally, usable
+from jaxcert.smoothing.outputs import output_shape, per_image, sigma_of, tally
 from jaxcert.smoothing.plan import SmoothingPlan
+from jaxcert.smoothing.sampling import usable
 
 Array: TypeAlias = jax.Array
 Halving: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -173,4 +174,4 @@ def _votes(
         return top, estimation[:, top]
 
     top, votes = per_image(one, key, index, plan, x)
-    return top, jnp.where(usable(structure, arrays, x, plan)[:, None], votes, 0)
+    return top, jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk)[:, None], votes, 0)

@@ -20,9 +20,9 @@ from jaxcert.smoothing.outputs import (
     output_shape,
     per_image,
     tally,
-    usable,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
+from jaxcert.smoothing.sampling import usable
 
 Array: TypeAlias = jax.Array
 
@@ -132,7 +132,7 @@ def _certify(
         return side, jnp.where(side, estimation[1], estimation[0])
 
     side, votes = per_image(one, key, index, plan, x)
-    votes = jnp.where(usable(structure, arrays, x, plan)[:, None], votes, 0)
+    votes = jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk)[:, None], votes, 0)
     dtype = jnp.result_type(float)
     with jax.enable_x64(True):
         p_lower = clopper_pearson_lower(votes, plan.n, plan.alpha / votes.shape[1])

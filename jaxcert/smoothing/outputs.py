@@ -6,7 +6,7 @@ from 2^32 - 1, and the model is only ever run on batches of exactly `plan.chunk`
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -18,7 +18,7 @@ from jaxcert.model import Structure, run
 from jaxcert.smoothing.certify import confidence
 from jaxcert.smoothing.noise import Gaussian
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import noisy_copies, rows_apart, threefry_key
+from jaxcert.smoothing.sampling import noisy_copies, threefry_key
 
 Array: TypeAlias = jax.Array
 
@@ -103,14 +103,6 @@ def _numbers(c: Any, chunk: int, selection: bool) -> Array:
     """The draw numbers of chunk c; those beyond n are drawn and not counted."""
     row = jnp.asarray(c, jnp.uint32) * jnp.uint32(chunk) + jnp.arange(chunk, dtype=jnp.uint32)
     return ~row if selection else row  # ~j is 2^32 - 1 - j
-
-
-def usable(structure: Structure, arrays: Sequence[Any], x: Array, plan: SmoothingPlan) -> Array:
-    """bool (b,): whether draws mean anything: the noise is for such images, and rows are apart."""
-    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
-    copy = plan.noise.perturb(jax.random.key(0), x[0])
-    apart = rows_apart(structure, arrays, copy[None], plan.chunk)
-    return finite & plan.noise.usable(x) & apart
 
 
 def output_shape(

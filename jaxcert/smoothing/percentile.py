@@ -24,9 +24,9 @@ from jaxcert.smoothing.outputs import (
     output_shape,
     per_image,
     sigma_of,
-    usable,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
+from jaxcert.smoothing.sampling import usable
 
 Array: TypeAlias = jax.Array
 
@@ -217,7 +217,9 @@ def _bounds(
         return value, -ranked(descending, below), ranked(ascending, above)
 
     value, lower, upper = per_image(one, key, index, plan, x, *ranks)
-    good = usable(structure, arrays, x, plan).reshape(-1, *(1,) * (value.ndim - 1))
+    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
+        -1, *(1,) * (value.ndim - 1)
+    )
     return (
         jnp.where(good, value, jnp.nan),
         jnp.where(good, lower, -jnp.inf),

@@ -138,6 +138,11 @@ def number_of_classes(f: Model, x: Any, rows: int) -> int:
     return k
 
 
+def usable(structure: Structure, arrays: Sequence[Any], x: Array, noise: Noise, rows: int) -> Array:
+    """bool (b,): whether draws mean anything: the noise is for such images, and rows are apart."""
+    return noise.usable(x) & rows_apart(structure, arrays, a_copy(noise, x), rows)
+
+
 def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array:
     """Whether the rows of a batch leave each other alone, without which votes are not independent.
 

@@ -19,9 +19,9 @@ from jaxcert.smoothing.outputs import (
     output_shape,
     per_image,
     tally,
-    usable,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
+from jaxcert.smoothing.sampling import usable
 
 Array: TypeAlias = jax.Array
 
@@ -145,7 +145,9 @@ def _certify(
         return jnp.where(certain, top, ABSTAIN).astype(jnp.int32)
 
     prediction = per_image(one, key, index, plan, x)
-    good = usable(structure, arrays, x, plan).reshape(-1, *(1,) * (prediction.ndim - 1))
+    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
+        -1, *(1,) * (prediction.ndim - 1)
+    )
     return jnp.where(good, prediction, ABSTAIN)
 
 

@@ -23,8 +23,8 @@ from jaxcert.smoothing.sampling import (
     hardware_key,
     noisy_copies,
     number_of_classes,
-    rows_apart,
     threefry_key,
+    usable,
 )
 
 Array: TypeAlias = jax.Array
@@ -225,9 +225,8 @@ def _decide(
         return _run(key, rebuilt(structure, arrays), x, index, boundaries, plan)
 
     found = over_images(run, mesh, 1)(arrays, key, x, index)
-    usable = plan.noise.usable(x)
-    usable &= rows_apart(structure, arrays, a_copy(plan.noise, x), plan.slots * plan.peek)
-    certified = (found.verdict == 1) & usable[:, None]
+    good = usable(structure, arrays, x, plan.noise, plan.slots * plan.peek)
+    certified = (found.verdict == 1) & good[:, None]
     with jax.enable_x64(True):
         radii = jnp.asarray(np.asarray(plan.radii, np.float64))
         radius = jnp.max(jnp.where(certified, radii, 0.0), axis=1)
