@@ -58,6 +58,27 @@ def trace_rows(f: Model, shape: tuple[int, ...], dtype: Any, *, whole: bool = Fa
     return graph, check(graph, batch=shape[0])
 
 
+def may_see_place(f: Model, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether what becomes of one input (*input) may depend on its row in the batch.
+
+    It can only through numbers that are not made of inputs and come one per row, such as a mask of
+    the batch's shape: through an operand whose size is another in a larger batch.
+
+    Raises:
+      As `trace_rows`.
+    """
+    sizes = [
+        [
+            (eqn.name, jnp.shape(operand))
+            for eqn in trace_rows(f, (b, *shape), dtype)[0].equations
+            for operand in eqn.inputs
+            if eqn.bounded and not getattr(operand, "bounded", False)
+        ]
+        for b in (2, 3)
+    ]
+    return sizes[0] != sizes[1]
+
+
 def _counts(array: Any) -> bool:
     """Whether an array can drive random numbers: integers and keys."""
     kinds = (jnp.integer, jax.dtypes.prng_key)

@@ -23,7 +23,7 @@ from jaxcert.model import Model, Structure, output_shape, split
 from jaxcert.smoothing.affine import AffineFirst
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.tracing import trace_rows
+from jaxcert.tracing import may_see_place
 
 Array: TypeAlias = jax.Array
 
@@ -143,13 +143,13 @@ def usable(structure: Structure, arrays: Sequence[Any], x: Array, noise: Noise, 
     return noise.usable(x) & rows_apart(structure, arrays, a_copy(noise, x), rows)
 
 
-def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array:
+def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array | bool:
     """Whether the rows of a batch leave each other alone, without which votes are not independent.
 
-    Proved from the model's equations where they can be followed; mixing raises. A model that cannot
-    be followed is put to the test: all rows but the first are replaced, and the first row's logits
-    must stay the same to the bit. Nor may what becomes of an input depend on its row (a mask of the
-    batch's shape): equal rows must have equal logits, but for rounding.
+    Proved from the model's equations where they can be followed; mixing raises. A model that holds
+    numbers of its own for each row (a mask of the batch's shape) is put to the test: equal rows
+    must have equal logits, but for rounding. So is one that cannot be followed, whose first row's
+    logits must also stay the same to the bit when all others are replaced.
 
     Args:
       structure, arrays: the model.
@@ -159,18 +159,24 @@ def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int
     Raises:
       MixedRows, StatefulModel: see `jaxcert.errors`.
     """
+    try:
+        followed = True
+        if not may_see_place(structure.build(arrays), x.shape[1:], x.dtype):
+            return True
+    except UnsupportedEquation:
+        followed = False
     alike = jnp.broadcast_to(x[0], (chunk, *x.shape[1:]))
     logits = structure.build(arrays)(alike)
-    size = jnp.max(jnp.abs(logits[:1]), initial=0.0)
-    off = jnp.abs(logits - logits[:1]) > 2.0**-6 * size
-    apart = ~jnp.any(off & jnp.isfinite(logits) & jnp.isfinite(logits[:1]))
-    try:
-        trace_rows(structure.build(arrays), (2, *x.shape[1:]), x.dtype)
-    except UnsupportedEquation:
-        others = alike.at[1:].multiply(-1.5).at[1:].add(0.3)
-        first, second = logits[0], structure.build(arrays)(others)[0]
-        apart &= jnp.all((first == second) | (jnp.isnan(first) & jnp.isnan(second)))
-    return apart
+    size = jnp.max(jnp.abs(logits[0]), initial=0.0)
+    known = jnp.isfinite(logits) & jnp.isfinite(logits[0])
+    equal = ~jnp.any(known & (jnp.abs(logits - logits[0]) > 2.0**-6 * size))
+    if followed:
+        return equal
+    first, again = (
+        logits[0],
+        structure.build(arrays)(alike.at[1:].multiply(-1.5).at[1:].add(0.3))[0],
+    )
+    return equal & jnp.all((first == again) | (jnp.isnan(first) & jnp.isnan(again)))
 
 
 def _schedule(c: Array, n: int, n0: int, chunk: int) -> tuple[Array, Array]:

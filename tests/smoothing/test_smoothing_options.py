@@ -13,6 +13,7 @@ import pytest
 
 from jaxcert import smoothing
 from jaxcert.smoothing import AffineFirst, Gaussian, GridGaussian, Laplace, SmoothingPlan
+from jaxcert.tracing import may_see_place
 
 KEY = jax.random.key(5)
 WEIGHTS = np.random.default_rng(0).integers(-4, 5, (6, 3)).astype(np.float32)
@@ -155,7 +156,19 @@ def test_what_depends_on_the_row_is_not_certified():
         return jnp.where(mask, z, 0) @ WEIGHTS
 
     for f in (first_row_differs, masked):
+        assert may_see_place(f, (6,), jnp.float32)
         assert count(PLAN, f)[1].sum() == 0
+
+
+def test_what_is_the_same_in_every_row_is_certified_without_a_test_of_it():
+    """Operands as large as the batch may differ from row to row; only such models are tried out."""
+
+    def zeros_added(z):
+        return integer_net(z) + jnp.zeros((len(z), 3))
+
+    assert may_see_place(zeros_added, (6,), jnp.float32)
+    assert not may_see_place(lambda z: integer_net(z) + jnp.arange(3.0), (6,), jnp.float32)
+    assert np.array_equal(count(PLAN, zeros_added)[1], count(PLAN)[1])
 
 
 def test_no_images_are_named():
