@@ -41,7 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.smoothing_nets import NETS, few_channels, for_torch, shape, variables
+from benchmarks.convolutions import rewritten
+from benchmarks.smoothing_nets import NETS, for_torch, shape, variables
 from jaxcert import smoothing
 from jaxcert.smoothing import AffineFirst, Gaussian, GridGaussian, SmoothingPlan
 
@@ -77,9 +78,13 @@ SIZES = {
 # Other forms of the same function.
 FORMS: dict[str, dict[str, dict[str, Any]]] = {
     "mlp": {"": {}},
-    "lenet": {"": {}, "pool first, ": {"pool_first": True}},
-    "resnet20": {"": {}, "few channels, ": {"convolution": few_channels}},
-    "resnet110": {"": {}, "few channels, ": {"convolution": few_channels}},
+    "lenet": {
+        "": {},
+        "pool first, ": {"pool_first": True},
+        "rewritten, ": {"pool_first": True, "convolution": rewritten},
+    },
+    "resnet20": {"": {}, "rewritten, ": {"convolution": rewritten}},
+    "resnet110": {"": {}, "rewritten, ": {"convolution": rewritten}},
 }
 
 
@@ -255,9 +260,10 @@ def all_overheads(quick: bool, rounds: int) -> dict:
         "lenet, smaller chunk": overhead(subjects["lenet"], 100, rounds),
         "lenet, pool first": overhead(subjects["lenet"], 100, rounds, pool_first=True),
         "resnet20": overhead(subjects["resnet20"], 25, rounds),
-        "resnet20, few channels": overhead(
-            subjects["resnet20"], 25, rounds, convolution=few_channels
+        "lenet, rewritten": overhead(
+            subjects["lenet"], 100, rounds, pool_first=True, convolution=rewritten
         ),
+        "resnet20, rewritten": overhead(subjects["resnet20"], 25, rounds, convolution=rewritten),
     }
 
 

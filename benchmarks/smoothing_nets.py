@@ -4,7 +4,7 @@ Layers bear the names that they have in the published nets, so that weights trav
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax import lax
 
 # A convolution of arguments like those of `lax.conv_general_dilated`, which Flax's `nn.Conv` takes.
 Convolution = Callable[..., jax.Array]
@@ -103,6 +102,7 @@ class PooledConv(nn.Module):
     """A 5x5 convolution, max-pooled, then bias and relu; weights like those of `nn.Conv`."""
 
     channels: int
+    convolution: Convolution | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -110,14 +110,15 @@ class PooledConv(nn.Module):
         shape = (5, 5, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
-        axes = ("NHWC", "HWIO", "NHWC")
-        out = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=axes)
+        options = {"padding": "VALID", "use_bias": False}
+        options["conv_general_dilated"] = self.convolution
+        out = nn.Conv(self.channels, (5, 5), **options).apply({"params": {"kernel": kernel}}, x)
         return nn.relu(nn.max_pool(out, (2, 2), (2, 2)) + bias)
 
 
 def pooled_or_not(net: LeNet, channels: int, name: str) -> nn.Module:
     if net.pool_first:
-        return PooledConv(channels, name=name)
+        return PooledConv(channels, net.convolution, name=name)
     return conv(net, channels, 5, name, padding="VALID")
 
 
@@ -207,39 +208,3 @@ def _torch_layout(name: str, layer: str, value: np.ndarray) -> np.ndarray:
         value = value.reshape(4, 4, 50, 500).transpose(2, 0, 1, 3).reshape(800, 500)
     axes = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[value.ndim]
     return np.ascontiguousarray(value.transpose(axes))
-
-
-# XLA:CPU computes a float32 convolution by its fast library only where one side has more than 16
-# channels, which 3 -> 16 and 16 -> 16 have not. A wider kernel can return m neighbouring columns at
-# once, as m times as many channels:
-#   wide[:, j, :, (d, o)] = kernel[:, j - d, :, o] for d = 0, ..., m - 1, zero elsewhere,
-# of width kw + m - 1, with stride m. Column m i + d of the result is channel block d of its column
-# i, so that a reshape puts it in its place. The same products are added, and zeros.
-def few_channels(x, kernel, strides, padding, *, dimension_numbers, **options):
-    """A convolution for `nn.Conv(..., conv_general_dilated=few_channels)`.
-
-    `lax.conv_general_dilated` itself, but where there are few channels (and neither strides nor
-    dilation) faster on a CPU, with sums in another order.
-    """
-    run = functools.partial(lax.conv_general_dilated, dimension_numbers=dimension_numbers)
-    m = _columns(kernel.shape)
-    if m == 1 or set(strides) != {1} or not _is_plain(options) or x.shape[2] % m:
-        return run(x, kernel, strides, padding, **options)
-    height, width, before, after = kernel.shape
-    shifted = [jnp.pad(kernel, ((0, 0), (d, m - 1 - d), (0, 0), (0, 0))) for d in range(m)]
-    wide = jnp.stack(shifted, axis=3).reshape(height, width + m - 1, before, m * after)
-    out = run(x, wide, (1, m), padding)
-    return out.reshape(*out.shape[:2], m * out.shape[2], after)
-
-
-def _columns(kernel: Sequence[int]) -> int:
-    """How many columns to return at once."""
-    _, width, before, after = kernel
-    if width == 1 or after > 16:
-        return 1
-    return 4 if before < 8 else 2
-
-
-def _is_plain(options: dict[str, Any]) -> bool:
-    dilations = (*options["lhs_dilation"], *options["rhs_dilation"])
-    return set(dilations) == {1} and options["feature_group_count"] == 1
