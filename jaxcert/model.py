@@ -2,9 +2,10 @@
 
 A model that is a pytree (an NNX module, `jax.tree_util.Partial(apply, params)`, or a
 `functools.partial` over arrays, which is treated alike) gives its arrays to jit as arguments, so a
-second net of the same shapes triggers no trace. Any other callable is a constant of the compiled
-program, which is used again only if the callable still traces to the same program on the same
-weights: an object whose weights were replaced, or a new lambda around a new net, compiles anew.
+second net of the same shapes compiles nothing. Any other callable is a constant of the compiled
+program. Wherever a function of the caller's is part of a model, a program is used again only if
+the model still traces to the same equations on the same constants: an object whose weights were
+replaced, or a new lambda around a new net, compiles anew.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from jaxcert.errors import StatefulModel
 
 Array: TypeAlias = jax.Array
 Model: TypeAlias = Callable[[Any], Array]
@@ -95,11 +98,14 @@ def _key(leaf: Any) -> Any:
     return id(leaf)
 
 
-def _hides_state(value: Any, seen: frozenset[int] = frozenset()) -> bool:
-    """Whether arrays may lie behind a value, where its identity does not tell when they change."""
-    if id(value) in seen or isinstance(value, _STATELESS):
+def _hides_state(value: Any) -> bool:
+    """Whether numbers may lie behind a value, where its identity does not tell when they change.
+
+    So they may behind every function that is not of a library: in what it closes over, in globals,
+    in attributes of modules and classes, and all that again in the functions it calls.
+    """
+    if isinstance(value, _STATELESS):
         return False
-    seen |= {id(value)}
     if isinstance(value, functools.partial):
         inside = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, list | tuple | set | frozenset):
@@ -111,13 +117,12 @@ def _hides_state(value: Any, seen: frozenset[int] = frozenset()) -> bool:
     elif hasattr(value, "__wrapped__"):  # jit and the like
         inside = [value.__wrapped__]
     elif inspect.isfunction(value):
-        if (value.__module__ or "").split(".")[0] in ("jax", "flax", "optax"):
-            return False
-        names = inspect.getclosurevars(value)
-        inside = [*names.globals.values(), *names.nonlocals.values(), *(value.__defaults__ or ())]
-    else:  # an unbound Linen module holds no arrays
-        return not (_is_linen(value) and getattr(value, "scope", None) is None)
-    return any(_hides_state(each, seen) for each in inside)
+        return (value.__module__ or "").split(".")[0] not in ("jax", "flax", "optax")
+    elif _is_linen(value) and getattr(value, "scope", None) is None:  # holds no arrays itself
+        inside = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    else:
+        return True
+    return any(_hides_state(each) for each in inside)
 
 
 def _is_linen(value: Any) -> bool:
@@ -126,8 +131,7 @@ def _is_linen(value: Any) -> bool:
 
 def _fingerprint(structure: Structure, arrays: list[Any], x: Any) -> Any:
     """What a model computes on inputs like x: a digest of its program and of its constants."""
-    specs = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
-    closed = jax.make_jaxpr(lambda arrays, z: structure.build(arrays)(z))(specs, _spec(x))
+    closed = _program(structure, arrays, x)
     constants = list(_constants_of(closed))
     if is_traced(constants):
         return object()  # weights of a surrounding trace: equal to nothing else
@@ -144,14 +148,27 @@ def digest(f: Model, x: Any) -> str:
     The same in every process that runs the same version of JAX.
     """
     arrays, structure = split(f)
-    specs = [jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype)) for a in arrays]
-    closed = jax.make_jaxpr(lambda arrays, z: structure.build(arrays)(z))(specs, _spec(x))
+    closed = _program(structure, arrays, x)
     program = re.sub("0x[0-9a-f]+", "", str(closed))  # functions are printed with their address
     found = hashlib.sha256(program.encode())
     with jax.ensure_compile_time_eval():
         for array in [*arrays, *_constants_of(closed)]:
             found.update(_bytes(array))
     return found.hexdigest()[:16]
+
+
+def _program(structure: Structure, arrays: list[Any], x: Any) -> Any:
+    """The model's equations on inputs like x."""
+    specs = jax.eval_shape(lambda arrays: arrays, arrays)
+    try:
+        return jax.make_jaxpr(lambda arrays, z: structure.build(arrays)(z))(specs, _spec(x))
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # Flax's, which may not be imported here
+            raise
+        raise StatefulModel(
+            "a module that the model closes over changes its own state at each call; call its "
+            "eval(), and pass the module itself instead of a function around it"
+        ) from error
 
 
 def _constants_of(program: Any) -> Iterator[Any]:

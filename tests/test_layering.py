@@ -16,7 +16,7 @@ GRAPH = {"blocks", "graph", "idioms", "rows", "tracing"}
 MAY_IMPORT = {
     "errors": set(),
     "pytrees": set(),
-    "model": set(),
+    "model": {"errors"},
     "floats": {"model"},
     "sets": MODEL,
     "specs": MODEL | {"sets"},

@@ -20,13 +20,14 @@ NAMES = {
     """,
     jaxcert.exact: "Budget Distance Progress certify decide_within distance verify",
     jaxcert.smoothing: """
-        Ablation AffineFirst AnisotropicGaussian Betting BitFlip Boundaries CenterCertificate
-        Decisions Denoised Ellipsoid ExpInf FixedSize Gaussian GridGaussian Halves Hybrid
-        LabelsCertificate Laplace Noise OutputMetric Patch PercentileBounds PowInf
-        SegmentationCertificate SequentialPlan SequentialTest SmoothingPlan Splitting
-        StagedClopperPearson Uniform UniformBall UnionBound Votes Windows betting_lower bound
-        certify certify_at certify_splitting class_bounds clopper_pearson clopper_pearson_lower
-        clopper_pearson_upper count in_bfloat16 one_shot_diffusion predict
+        Ablation Additive AffineFirst AnisotropicGaussian Betting BitFlip Boundaries
+        CenterCertificate Decisions Denoised Ellipsoid ExpInf FixedSize Gaussian
+        GridGaussian Halves Hybrid LabelsCertificate Laplace Noise OneShotDiffusion
+        OutputMetric Patch PercentileBounds PowInf SegmentationCertificate SequentialPlan
+        SequentialTest SmoothingPlan Splitting StagedClopperPearson Uniform UniformBall
+        UnionBound Votes Windows betting_lower bound certify certify_at certify_splitting
+        class_bounds clopper_pearson clopper_pearson_lower clopper_pearson_upper
+        cosine_alpha_bar count in_bfloat16 linear_alpha_bar one_shot_diffusion predict
     """,
     jaxcert.lipschitz: """
         certify certify_local constant conv dense eclipse_bound fast_multipliers gershgorin_bound

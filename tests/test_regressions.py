@@ -115,13 +115,20 @@ def test_smoothing_refuses_models_that_mix_rows():
             return self.norm(x)
 
     x = jnp.ones((2, 2))
-    for f in (TrainMode(), lambda x: x - x.mean(0)):
-        with pytest.raises(MixedRows):
-            smoothing.certify(KEY, f, x, PLAN)
     across = lambda x: jnp.abs(jnp.fft.fft(x, axis=0))  # noqa: E731  (equations not followed)
     along = lambda x: jnp.abs(jnp.fft.fft(x, axis=1))  # noqa: E731
-    assert np.all(smoothing.certify(KEY, across, x, PLAN).prediction == -1)
+    for f in (TrainMode(), lambda x: x - x.mean(0), across):
+        with pytest.raises(MixedRows):
+            smoothing.certify(KEY, f, x, PLAN)
+    traced = jax.jit(lambda x: smoothing.certify(KEY, across, x, PLAN).prediction)
+    assert np.all(traced(x) == -1)
     assert np.all(smoothing.certify(KEY, along, x, PLAN).prediction == 0)
+
+
+def test_a_module_in_training_mode_behind_a_function_is_refused():
+    norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    with pytest.raises(StatefulModel, match="pass the module itself"):
+        smoothing.certify(KEY, lambda x: norm(x), jnp.ones((2, 2)), PLAN)
 
 
 def test_active_dropout_is_refused_and_recurrent_cells_are_not():
@@ -250,6 +257,37 @@ def test_replaced_weights_are_seen_behind_wrappers(wrap):
     net.weights = jnp.eye(2)[::-1]
     assert bounds.certify(f, LinfBall(x, 0.1)).prediction == 1
     assert lipschitz.certify(f, x).prediction == 1
+
+
+class Holder:
+    scale = 1.0
+
+
+SCALE = {"of": 1.0}
+
+
+def by_keyword(z, *, holder=Holder):
+    return z * holder.scale
+
+
+@pytest.mark.parametrize(
+    "classify",
+    [
+        by_keyword,
+        lambda z: z * SCALE["of"],
+        lambda z: jax.vmap(lambda row: row * Holder.scale)(z),
+    ],
+)
+def test_numbers_behind_the_functions_that_a_model_is_made_of_are_seen(classify):
+    x = jnp.array([[1.0, 0.0]])
+    model = smoothing.Denoised(jnp.tanh, classify)
+    plan = smoothing.SmoothingPlan(noise=smoothing.Gaussian(0.1), n=50, chunk=50)
+    try:
+        assert smoothing.certify(KEY, model, x, plan).prediction == 0
+        Holder.scale = SCALE["of"] = -1.0
+        assert smoothing.certify(KEY, model, x, plan).prediction == 1
+    finally:
+        Holder.scale = SCALE["of"] = 1.0
 
 
 def test_float64_weights_do_not_change_what_is_drawn():

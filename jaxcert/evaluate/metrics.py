@@ -131,6 +131,10 @@ def high_probability_accuracy(
     """
     if not 0 < rho < 1:
         raise ValueError(f"rho must lie between 0 and 1, got {rho}; 0.001 is usual")
+    if getattr(certificates, "post_hoc", False):
+        raise ValueError(
+            "these certificates are post hoc: their confidence bounds nothing, so neither does this"
+        )
     accuracy = certified_accuracy(certificates, labels, radii)
     alpha = _failure_probability(certificates) if alpha is None else alpha
     if not 0 <= alpha < 1:

@@ -75,6 +75,8 @@ class Log:
         self.path = pathlib.Path(path)
         wanted = _encoded_dict(config, "config")
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.path.parent} for a log; create it")
         self._file = os.open(self.path, flags, 0o644)
         try:
             self._lock()

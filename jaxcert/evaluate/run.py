@@ -1,6 +1,7 @@
 """Run: a certifier over a whole data set, in batches, with a log to resume from."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import sys
@@ -37,12 +38,14 @@ def run(
     path: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    together: int = 1,
 ) -> Results:
     """The certificates of all images. Host side: a loop with a clock, a log and a progress bar.
 
     Every call of the certifier sees `min(batch, m)` images, the last one padded with copies of its
     last image, so that one executable serves all. With a `path` each image's record is on disk
-    before the next batch begins; images already recorded there are not certified again.
+    before the next batch begins; images already recorded there are not certified again, and must
+    have the pixels that they had (a digest of these is in the record).
 
     Args:
       certifier: `lambda x, index: lipschitz.certify(f, x)`, of (b, *input) and int (b,); or one
@@ -55,12 +58,15 @@ def run(
       config: required with `path`: all that makes the certificates what they are (net, method,
         sigma, n, alpha, seed). Resuming with another one raises.
       progress: a bar on stderr; default: only if that is a terminal.
+      together: the certifier wants images of one index // together in one call. Of such a group
+        those that are on record already are certified again, and that is not recorded.
 
     Returns:
       `Results` in the order of `x`, those recorded earlier included.
 
     Raises:
-      RecordMismatch: the log has another configuration, norm, or label for one of the images.
+      RecordMismatch: the log has another configuration or norm, or was written for other images
+        or labels.
       BlockingIOError: another run is writing to the log.
       ValueError, TypeError: lengths or types do not fit, or the certificate has a bad radius.
     """
@@ -74,18 +80,22 @@ def run(
         )
     with contextlib.ExitStack() as stack:
         log = None if path is None else stack.enter_context(Log(path, config or {}))
-        found = {} if log is None else _recorded(log, index, labels)
-        todo = np.array([row for row, i in enumerate(index.tolist()) if i not in found], int)
-        advance = stack.enter_context(_bar(len(index), len(index) - len(todo), progress))
+        found = {} if log is None else _recorded(log, x, index, labels)
+        unfinished = {i // together for i in index.tolist() if i not in found}
+        todo = np.array(
+            [r for r, i in enumerate(index.tolist()) if i // together in unfinished], int
+        )
+        advance = stack.enter_context(_bar(len(index), len(found), progress))
         size = min(batch, len(index))
         for start in range(0, len(todo), size):
             rows = todo[start : start + size]
             new = _certified(certifier, x, labels, index, rows, size)
             _require_same_norm([*itertools.islice(found.values(), 1), *new])
+            new = [record for record in new if record["index"] not in found]
             if log is not None:
                 log.append(*new)
             found.update((record["index"], record) for record in new)
-            advance(len(rows))
+            advance(len(new))
     return from_records([found[i] for i in index.tolist()])
 
 
@@ -94,27 +104,54 @@ def _certified(
 ) -> list[Record]:
     """The records of these rows, from one call on exactly `size` images."""
     padded = np.pad(rows, (0, size - len(rows)), "edge")
+    images = x[padded]
     began = time.perf_counter()
-    found = jax.block_until_ready(certifier(x[padded], jnp.asarray(index[padded])))
+    found = jax.block_until_ready(certifier(images, jnp.asarray(index[padded])))
     seconds = time.perf_counter() - began
     certificate, details = found if isinstance(found, tuple) else (found, {})
     _require_certificates(certificate, size)
     _require_details(details, size)
+    details = {**details, "image": digests(images)}
     return to_records(certificate, index[rows], labels[rows], seconds, details)
 
 
-def _recorded(log: Log, index: np.ndarray, labels: np.ndarray) -> dict[int, Record]:
+def digests(images: Any) -> list[str]:
+    """A name for each image's values."""
+    return [
+        hashlib.blake2b(image.tobytes(), digest_size=6).hexdigest() for image in np.asarray(images)
+    ]
+
+
+def _recorded(log: Log, x: Any, index: np.ndarray, labels: np.ndarray) -> dict[int, Record]:
     """What the log already holds on the images of this run."""
     require_fields(log.recovered, log.path)
-    wanted = dict(zip(index.tolist(), labels.tolist(), strict=True))
-    found = {record["index"]: record for record in log.recovered if record["index"] in wanted}
+    rows = {i: row for row, i in enumerate(index.tolist())}
+    found = {record["index"]: record for record in log.recovered if record["index"] in rows}
     for i, record in found.items():
-        if record["label"] != wanted[i]:
+        label = labels[rows[i]]
+        if record["label"] != label:
             raise RecordMismatch(
-                f"{log.path}: image {i} has label {record['label']} in the file and {wanted[i]} "
+                f"{log.path}: image {i} has label {record['label']} in the file and {label} "
                 "now, so these are other data or another order; pass `index`, or another path"
             )
+    require_same_images(found, x, rows, log.path)
     return found
+
+
+def require_same_images(
+    found: Mapping[int, Record], x: Any, rows: Mapping[int, int], path: Any
+) -> None:
+    """Raise unless records, by index, are of the images x[rows[index]]."""
+    known = [i for i, record in found.items() if "image" in record]
+    for start in range(0, len(known), 256):
+        part = known[start : start + 256]
+        for i, name in zip(part, digests(x[np.array([rows[i] for i in part])]), strict=True):
+            if found[i]["image"] != name:
+                raise RecordMismatch(
+                    f"{path}: image {i} has other pixels now than when it was certified, so these "
+                    "are other data, another order or another preprocessing; pass `index`, or "
+                    "another path"
+                )
 
 
 def _require_fitting(x: Any, labels: np.ndarray, index: np.ndarray, batch: int) -> None:
@@ -162,7 +199,7 @@ def _require_details(details: Any, size: int) -> None:
             f"{type(details).__name__}"
         )
     for name, value in details.items():
-        if name in FIELDS or np.shape(value)[:1] != (size,):
+        if name in {*FIELDS, "image"} or np.shape(value)[:1] != (size,):
             raise ValueError(
                 f"the detail {name!r} must have a name of its own and one row per image, ({size}, "
                 f"...); got shape {np.shape(value)}"

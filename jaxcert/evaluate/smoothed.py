@@ -16,10 +16,12 @@ from jaxcert.certificate import Certificate
 from jaxcert.errors import RecordMismatch
 from jaxcert.evaluate import records
 from jaxcert.evaluate.results import Results, from_records, require_fields, to_records
-from jaxcert.evaluate.run import Certifier, run
+from jaxcert.evaluate.run import Certifier, require_same_images, run
 from jaxcert.model import Model, digest
 from jaxcert.smoothing import SequentialPlan, SmoothingPlan, Votes
-from jaxcert.smoothing.plan import require_alpha
+from jaxcert.smoothing.arguments import require_images
+from jaxcert.smoothing.plan import as_error
+from jaxcert.smoothing.sampling import copies
 
 METHOD = "randomized smoothing"
 
@@ -35,7 +37,7 @@ def run_smoothing(
     path: str | os.PathLike[str] | None = None,
     also: Sequence[float] = (),
     index: Any = None,
-    batch: int = 100,
+    batch: int | None = None,
     mesh: Mesh | None = None,
     progress: bool | None = None,
 ) -> Results:
@@ -51,7 +53,9 @@ def run_smoothing(
     Args:
       seed: of the key; the draws of image i depend on it and on index[i].
       f: the model, (b, *input) -> (b, k).
-      x, labels, index, batch, progress: as for `run`.
+      x, labels, index, progress: as for `run`.
+      batch: images that are on record together. Default: for a `SmoothingPlan`, which draws for one
+        image after the other, a handful; for a `SequentialPlan`, whose images share batches, 100.
       plan: a `SmoothingPlan`, for radii; or a `SequentialPlan`, for "certified at these radii?"
         with as few draws as it takes.
       net: a name for the model and its weights; required with `path`.
@@ -79,26 +83,45 @@ def run_smoothing(
         )
     if not isinstance(plan, SmoothingPlan | SequentialPlan):
         raise TypeError(f"plan must be a SmoothingPlan or a SequentialPlan, got {plan!r}")
-    for alpha in also:
-        require_alpha(alpha)
+    also = [as_error(alpha, "also=(1e-3,), each of which") for alpha in np.ravel(also).tolist()]
+    batch = _batch(plan, mesh) if batch is None else batch
     if isinstance(plan, SmoothingPlan) and batch % plan.group:
         raise ValueError(f"batch={batch} must be a multiple of the plan's group={plan.group}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2^32), got {seed}; others give keys of these")
     key = jax.random.key(seed)
-    config = {
-        "method": METHOD,
-        "net": net,
-        "seed": seed,
-        "generator": str(jax.random.key_impl(key)),
-        "also": list(also),
-        "weights": digest(f, x[:1]),
-        **_inputs(x),
-        **described(plan),
-    }
-
+    first = require_images(x[:1])
+    config = None
+    if path is not None:
+        config = {
+            "method": METHOD,
+            "net": net,
+            "seed": seed,
+            "generator": str(jax.random.key_impl(key)),
+            "also": also,
+            "weights": digest(f, copies(plan.noise, first, plan.rows)),
+            **_inputs(x),
+            **described(plan),
+        }
     certifier = _certifier(key, f, plan, mesh)
     return run(
-        certifier, x, labels, index=index, batch=batch, path=path, config=config, progress=progress
+        certifier,
+        x,
+        labels,
+        index=index,
+        batch=batch,
+        path=path,
+        config=config,
+        progress=progress,
+        together=plan.group if isinstance(plan, SmoothingPlan) else 1,
     )
+
+
+def _batch(plan: SmoothingPlan | SequentialPlan, mesh: Mesh | None) -> int:
+    """How many images are certified between two writes to the log."""
+    if isinstance(plan, SequentialPlan):
+        return 100
+    return 4 * plan.group * (1 if mesh is None else mesh.shape.get("images", 1))
 
 
 def _certifier(
@@ -141,7 +164,13 @@ def described(plan: SmoothingPlan | SequentialPlan) -> dict[str, Any]:
 def _text(value: Any, name: str = "") -> str:
     """A distribution or a test, the same in every process and for numbers of every type."""
     if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        text = f"{value.__module__}.{value.__qualname__}"
+        if "<" in text:
+            raise ValueError(
+                f"a record cannot tell {text} from another function; define it by name at the top "
+                "of a module"
+            )
+        return text
     if isinstance(value, float) or name == "norm":
         return repr(float(value)) if isinstance(value, int | float) else repr(value)
     if not dataclasses.is_dataclass(value) or isinstance(value, smoothing.Ellipsoid):
@@ -150,7 +179,9 @@ def _text(value: Any, name: str = "") -> str:
     return f"{type(value).__name__}({', '.join(parts)})"
 
 
-def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index: Any) -> Results:
+def rebound(
+    path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index: Any = None
+) -> Results:
     """The certificates that the votes in a log prove under another alpha, or in another norm.
 
     No draw is made. alpha bounds the probability of an error only if it was fixed before the draws
@@ -161,17 +192,22 @@ def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index:
       path: a log of `run_smoothing` with a `SmoothingPlan`.
       x: the images (m, *input) of the log.
       plan: as in the log, but for alpha, runner_up and the norm of the noise.
-      index: int (m,), the numbers of the images.
+      index: int (m,), the numbers of the images; default arange(m).
 
     Raises:
       RecordMismatch: the log is of another kind, lacks an image, or was drawn under another plan or
-        for images of another shape.
+        for other images.
     """
     recorded = records.read(path)
     require_fields(recorded.records, path)
     config = recorded.config
     if not isinstance(plan, SmoothingPlan):
         raise TypeError(f"plan must be a SmoothingPlan, got {type(plan).__name__}")
+    if config.get("plan") == SequentialPlan.__name__:
+        raise RecordMismatch(
+            f"{path} is of a SequentialPlan: its draws stopped where alpha said so, and prove "
+            "nothing at another one"
+        )
     free = ("alpha", "runner_up")
     wanted = {name: value for name, value in described(plan).items() if name not in free}
     wanted |= _inputs(x)
@@ -184,11 +220,13 @@ def rebound(path: str | os.PathLike[str], x: Any, plan: SmoothingPlan, *, index:
             "only alpha, runner_up and the norm of the noise may differ"
         )
     found = {record["index"]: record for record in recorded.records}
-    index = np.asarray(index)
+    index = np.arange(len(x)) if index is None else np.asarray(index)
     missing = [i for i in index.tolist() if i not in found]
     if missing:
         raise RecordMismatch(f"{path} lacks {len(missing)} of the images, such as {missing[0]}")
     kept = [found[i] for i in index.tolist()]
+    rows = {i: row for row, i in enumerate(index.tolist())}
+    require_same_images({i: found[i] for i in rows}, x, rows, path)
     selection, estimation = (
         jnp.array([r[name] for r in kept], jnp.int32) for name in ("selection", "estimation")
     )

@@ -33,11 +33,15 @@ from jaxcert.smoothing.confidence import clopper_pearson as clopper_pearson
 from jaxcert.smoothing.confidence import clopper_pearson_lower as clopper_pearson_lower
 from jaxcert.smoothing.confidence import clopper_pearson_upper as clopper_pearson_upper
 from jaxcert.smoothing.denoised import Denoised as Denoised
+from jaxcert.smoothing.denoised import OneShotDiffusion as OneShotDiffusion
+from jaxcert.smoothing.denoised import cosine_alpha_bar as cosine_alpha_bar
+from jaxcert.smoothing.denoised import linear_alpha_bar as linear_alpha_bar
 from jaxcert.smoothing.denoised import one_shot_diffusion as one_shot_diffusion
 from jaxcert.smoothing.dual import Halves as Halves
 from jaxcert.smoothing.half import in_bfloat16 as in_bfloat16
 from jaxcert.smoothing.multilabel import LabelsCertificate as LabelsCertificate
 from jaxcert.smoothing.noise import Ablation as Ablation
+from jaxcert.smoothing.noise import Additive as Additive
 from jaxcert.smoothing.noise import AnisotropicGaussian as AnisotropicGaussian
 from jaxcert.smoothing.noise import BitFlip as BitFlip
 from jaxcert.smoothing.noise import Ellipsoid as Ellipsoid

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.model import is_traced
+from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import SmoothingPlan
 
 Array: TypeAlias = jax.Array
@@ -30,7 +31,8 @@ def checked(
 
 def require_key(key: Any) -> None:
     """Raise unless it is one typed key."""
-    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key) or jnp.ndim(key):
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed or jnp.ndim(key):
         raise TypeError(
             "key must be one typed key and comes first: certify(jax.random.key(0), ...)"
         )
@@ -38,6 +40,8 @@ def require_key(key: Any) -> None:
 
 def require_images(x: Any) -> Array:
     """Images (b, *input) as a JAX array, or an error that says what they should be."""
+    if isinstance(x, list | tuple):
+        raise TypeError(f"x must be an array, got a {type(x).__name__}; type jnp.asarray(x)")
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"x must be a floating point array, got {getattr(x, 'dtype', type(x).__name__)}; scale "
@@ -71,7 +75,7 @@ def _require_usable(x: Any, index: Array, plan: Any) -> None:
     """Raise where known images are off the grid or out of the range that the noise is for."""
     if is_traced(x, index):
         return
-    require_all(plan.noise.usable(x), x, plan.noise)
+    require_all(plan.noise.usable(x), x, plan.noise, plan.noise.inputs)
     group = getattr(plan, "group", 1)
     if group > 1:
         whole = np.pad(np.asarray(index), (0, -len(x) % group), "edge").reshape(-1, group) // group
@@ -83,7 +87,17 @@ def _require_usable(x: Any, index: Array, plan: Any) -> None:
             )
 
 
-def require_all(usable: Array, x: Array, what: Any) -> None:
+def require_votes(votes: Array, noise: Noise, x: Array) -> None:
+    """Raise where it is known that no draw of any image has given a vote; votes (b, ...)."""
+    if is_traced(votes, x) or np.any(votes) or not np.any(noise.usable(x)):
+        return
+    raise ValueError(
+        "the model's logits are not all finite, on any draw of any image of the batch, so there is "
+        "nothing to count; look at f(x), and use jax.nn.log_softmax instead of jnp.log(softmax)"
+    )
+
+
+def require_all(usable: Array, x: Array, what: Any, inputs: str) -> None:
     """Raise where known, finite images x (b, *input) are none that a scheme is defined for."""
     if is_traced(usable, x):
         return
@@ -94,6 +108,5 @@ def require_all(usable: Array, x: Array, what: Any) -> None:
         values = known[bad[0]]
         raise ValueError(
             f"image {bad[0]} of the batch, with values from {values.min()} to {values.max()}, is "
-            f"none that {what} is defined for; round pixels to their grid, e.g. "
-            "jnp.round(255 * x) / 255, or take noise without one, e.g. Gaussian"
+            f"none that {what} is defined for, which takes {inputs}"
         )

@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from jaxcert.floats import rounded_up
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64, rounded_up
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import clopper_pearson_lower
 from jaxcert.smoothing.outputs import (
     confidence_of,
     keep,
-    output_shape,
     per_image,
     sigma_of,
 )
@@ -34,7 +33,7 @@ from jaxcert.smoothing.percentile import (
     sorted_draws,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import usable
+from jaxcert.smoothing.sampling import prepared, usable
 
 Array: TypeAlias = jax.Array
 
@@ -142,9 +141,10 @@ def certify(
     """
     x, index = checked(key, x, plan, index)
     sigma = sigma_of(plan, x)
-    eps = rounded_up_radius(eps, x.shape[0])
-    arrays, structure = split(f, x)
-    output_shape(structure, arrays, x, plan)
+    if not isinstance(metric, OutputMetric):
+        raise TypeError(f"metric must be an OutputMetric, got {metric!r}; type OutputMetric(...)")
+    eps = ieee_float64(rounded_up_radius(eps, x.shape[0]))
+    arrays, structure, _ = prepared(f, x, plan)
     with jax.enable_x64(True):
         mass = shifted(ndtri(majority(plan, metric)), eps, sigma)
         rank = order_statistic(plan.n, mass, plan.alpha / 2)
@@ -173,8 +173,7 @@ def predict(
     """
     x, index = checked(key, x, plan, index)
     majority(plan, metric)
-    arrays, structure = split(f, x)
-    output_shape(structure, arrays, x, plan)
+    arrays, structure, _ = prepared(f, x, plan)
     return _centers(arrays, key, x, index, structure=structure, plan=plan, metric=metric)
 
 
@@ -234,7 +233,7 @@ def _ball(
 
     centers = _centers(arrays, key, x, index, structure=structure, plan=plan, metric=metric)
     radii = per_image(one, key, index, plan, x, centers, rank)
-    return centers, jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk), radii, jnp.inf)
+    return centers, jnp.where(usable(structure, arrays, x, plan.noise, plan.rows), radii, jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "plan", "metric"))
@@ -263,7 +262,7 @@ def _centers(
         return candidates[jnp.argmin(jax.lax.map(reach, candidates))]
 
     centers = per_image(one, key, index, plan, x)
-    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
+    good = usable(structure, arrays, x, plan.noise, plan.rows).reshape(
         -1, *(1,) * (centers.ndim - 1)
     )
     return jnp.where(good, centers, jnp.nan)

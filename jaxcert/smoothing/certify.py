@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxcert.certificate import ABSTAIN, Certificate, issue
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
 from jaxcert.smoothing.affine import AffineFirst
-from jaxcert.smoothing.arguments import checked, require_images
+from jaxcert.smoothing.arguments import checked, require_images, require_votes
 from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, leader_is_certain
 from jaxcert.smoothing.devices import everywhere, over_images, repeated, share, summed
 from jaxcert.smoothing.noise.base import Additive, draws_of
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import count_votes, usable
+from jaxcert.smoothing.sampling import count_votes, prepared, usable
 
 Array: TypeAlias = jax.Array
 
@@ -78,8 +79,9 @@ def certify(
     Raises:
       TypeError, ValueError: for integer images, a missing batch axis, a raw uint32 key, an index
         of another shape, a model that returns anything but float logits (b, k) with k >= 2.
-      MixedRows: an example's output depends on other examples, so that the votes of a chunk would
-        not be independent (batch normalisation in training mode).
+        Also for a model whose logits are not finite on any draw.
+      MixedRows: an example's output depends on other examples, or on its place in the batch, so
+        that the votes of a chunk would not be independent (batch normalisation in training mode).
       StatefulModel: each call of the model is another function (active dropout).
 
     Example:
@@ -109,9 +111,15 @@ def count(
     Arguments and errors are those of `certify`.
     """
     x, index = checked(key, x, plan, index)
-    arrays, structure = split(f, x)
+    arrays, structure, _ = prepared(f, x, plan)
     _require_affine(structure, arrays, x, plan)
-    return _count(arrays, key, x, index, structure=structure, plan=plan, n0=plan.n0, mesh=mesh)
+    # Draws do not depend on what is concluded from them: another alpha compiles nothing.
+    drawn = dataclasses.replace(plan, alpha=0.9, runner_up=False)
+    estimation, selection = _count(
+        arrays, key, x, index, structure=structure, plan=drawn, n0=plan.n0, mesh=mesh
+    )
+    require_votes(estimation, plan.noise, x)
+    return Votes(selection, estimation, plan)
 
 
 def bound(votes: Votes, x: Any, plan: SmoothingPlan) -> Certificate:
@@ -139,6 +147,7 @@ def bound(votes: Votes, x: Any, plan: SmoothingPlan) -> Certificate:
     x = require_images(x)
     if len(x) != len(votes.estimation):
         raise ValueError(f"there are votes on {len(votes.estimation)} images, got {len(x)}")
+    votes, x = ieee_float64((votes, x))
     return _bound(votes, x, plan=plan)
 
 
@@ -162,10 +171,11 @@ def predict(
       int32 (b,).
     """
     x, index = checked(key, x, plan, index)
-    arrays, structure = split(f, x)
+    arrays, structure, _ = prepared(f, x, plan)
     _require_affine(structure, arrays, x, plan)
-    votes = _count(arrays, key, x, index, structure=structure, plan=plan, n0=0, mesh=mesh)
-    return _leader(votes.estimation, plan.alpha)
+    votes, _ = _count(arrays, key, x, index, structure=structure, plan=plan, n0=0, mesh=mesh)
+    require_votes(votes, plan.noise, x)
+    return _leader(ieee_float64(votes), plan.alpha)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -210,7 +220,7 @@ def _count(
     plan: SmoothingPlan,
     n0: int,
     mesh: Mesh | None,
-) -> Votes:
+) -> tuple[Array, Array]:
     """`count_votes`, with no votes at all where they would mean nothing, so that it abstains."""
 
     def counted(arrays, key, x, index):
@@ -219,10 +229,10 @@ def _count(
 
     whole = repeated(x, index, plan.group)
     votes = over_images(counted, mesh, plan.group)(arrays, key, *whole)
-    good = usable(structure, arrays, x, plan.noise, plan.chunk)
+    good = usable(structure, arrays, x, plan.noise, plan.rows)
     good &= _in_one_group(whole[1], plan.group)[: len(x)]
     estimation, selection = (jnp.where(good[:, None], part[: len(x)], 0) for part in votes)
-    return everywhere(Votes(selection, estimation, plan), mesh)
+    return everywhere((estimation, selection), mesh)
 
 
 def rebuilt(structure: Structure, arrays: list) -> Model:

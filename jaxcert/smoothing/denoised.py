@@ -121,12 +121,17 @@ def timestep(alpha_bar: Any, sigma: float) -> int:
         or np.any(np.diff(schedule) > 0)
     ):
         raise ValueError(
-            "alpha_bar must hold the products of (1 - beta), falling numbers in (0, 1), got "
-            f"{alpha_bar!r}; type alpha_bar=linear_alpha_bar()"
+            "alpha_bar must hold the products of (1 - beta), (T,) falling numbers in (0, 1), got "
+            f"shape {schedule.shape}; type alpha_bar=linear_alpha_bar(), or jnp.cumprod(1 - beta)"
         )
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be a positive number, got {sigma}; type sigma=0.25")
     levels = np.sqrt((1 - schedule) / schedule)
+    if 2 * sigma > levels[-1]:
+        raise ValueError(
+            f"sigma={sigma} is noisier than any step of the schedule, whose last has sigma = "
+            f"{levels[-1] / 2:.3g}; take less noise, or a longer schedule"
+        )
     return int(np.argmin(np.abs(levels - 2 * sigma)))
 
 

@@ -15,14 +15,15 @@ import numpy as np
 from jax.scipy.special import ndtri
 
 from jaxcert.certificate import ABSTAIN, Certificate, issue, predicted_class
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.certify import confidence
 from jaxcert.smoothing.confidence import clopper_pearson_lower
-from jaxcert.smoothing.outputs import output_shape, per_image, sigma_of, tally
+from jaxcert.smoothing.outputs import per_image, sigma_of, tally
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import usable
+from jaxcert.smoothing.sampling import prepared, usable
 
 Array: TypeAlias = jax.Array
 Halving: TypeAlias = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -113,11 +114,11 @@ def certify(
         raise TypeError(f"type Halves(left, right) for the models, got {type(halves).__name__}")
     x, index = checked(key, x, plan, index)
     sigma = sigma_of(plan, x)
-    arrays, structure = split(halves, x)
-    out = output_shape(structure, arrays, x, plan)
+    arrays, structure, out = prepared(halves, x, plan)
     if len(out) != 2 or out[1] < 2:
         raise ValueError(f"both models must return logits (b, k) with k >= 2, got (b, *{out[1:]})")
     top, votes = _votes(arrays, key, x, index, structure=structure, plan=plan)
+    votes = ieee_float64(votes)
     with jax.enable_x64(True):
         p_left, p_right = (
             clopper_pearson_lower(votes[:, half], plan.n, plan.alpha / 2) for half in (0, 1)
@@ -174,4 +175,4 @@ def _votes(
         return top, estimation[:, top]
 
     top, votes = per_image(one, key, index, plan, x)
-    return top, jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk)[:, None], votes, 0)
+    return top, jnp.where(usable(structure, arrays, x, plan.noise, plan.rows)[:, None], votes, 0)

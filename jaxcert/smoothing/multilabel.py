@@ -9,20 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.certificate import ABSTAIN
-from jaxcert.floats import rounded_down
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64, rounded_down
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
 from jaxcert.sets import Box, Grid
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import clopper_pearson_lower
 from jaxcert.smoothing.outputs import (
     confidence_of,
-    output_shape,
     per_image,
     tally,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import usable
+from jaxcert.smoothing.sampling import prepared, usable
 
 Array: TypeAlias = jax.Array
 
@@ -97,19 +96,17 @@ def certify(
       [[ 1 -1  0]] True
     """
     x, index = checked(key, x, plan, index)
-    arrays, structure = split(f, x)
-    out = output_shape(structure, arrays, x, plan)
+    arrays, structure, out = prepared(f, x, plan)
     if len(out) != 1:
         raise ValueError(f"the model must return logits (b, k), got (b, *{out})")
-    prediction, radius = _certify(
-        arrays, key, x, index, structure=structure, plan=plan, labels=labels
-    )
+    side, votes = _votes(arrays, key, x, index, structure=structure, plan=plan, labels=labels)
+    prediction, radius = _decided(*ieee_float64((side, votes, x)), plan=plan)
     confidence = confidence_of(plan, index.shape)
     return LabelsCertificate(prediction, radius, confidence, plan.noise.norm, plan.noise.within)
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "plan", "labels"))
-def _certify(
+def _votes(
     arrays: list,
     key: Array,
     x: Array,
@@ -119,6 +116,8 @@ def _certify(
     plan: SmoothingPlan,
     labels: Callable[[Array], Array],
 ) -> tuple[Array, Array]:
+    """The side selected of every label (b, k), and its votes (b, k)."""
+
     def sides(z):
         logits = structure.build(arrays)(z)
         finite = jnp.all(jnp.isfinite(logits), axis=1, keepdims=True)
@@ -132,7 +131,13 @@ def _certify(
         return side, jnp.where(side, estimation[1], estimation[0])
 
     side, votes = per_image(one, key, index, plan, x)
-    votes = jnp.where(usable(structure, arrays, x, plan.noise, plan.chunk)[:, None], votes, 0)
+    good = usable(structure, arrays, x, plan.noise, plan.rows)
+    return side, jnp.where(good[:, None], votes, 0)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _decided(side: Array, votes: Array, x: Array, *, plan: SmoothingPlan) -> tuple[Array, Array]:
+    """Predictions and radii, both (b, k)."""
     dtype = jnp.result_type(float)
     with jax.enable_x64(True):
         p_lower = clopper_pearson_lower(votes, plan.n, plan.alpha / votes.shape[1])

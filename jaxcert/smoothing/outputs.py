@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcert.floats import rounded_down
-from jaxcert.model import Structure, run
 from jaxcert.smoothing.certify import confidence
 from jaxcert.smoothing.noise import Gaussian
 from jaxcert.smoothing.plan import SmoothingPlan
@@ -103,26 +102,6 @@ def _numbers(c: Any, chunk: int, selection: bool) -> Array:
     """The draw numbers of chunk c; those beyond n are drawn and not counted."""
     row = jnp.asarray(c, jnp.uint32) * jnp.uint32(chunk) + jnp.arange(chunk, dtype=jnp.uint32)
     return ~row if selection else row  # ~j is 2^32 - 1 - j
-
-
-def output_shape(
-    structure: Structure, arrays: list[Any], x: Array, plan: SmoothingPlan
-) -> tuple[int, ...]:
-    """The shape of the model's output for one example; anything but one float array raises."""
-    copy = jax.eval_shape(plan.noise.perturb, jax.random.key(0), x[0])
-    batch = jax.ShapeDtypeStruct((plan.chunk, *copy.shape), copy.dtype)
-    out = run.eval_shape(structure, arrays, batch)
-    if not isinstance(out, jax.ShapeDtypeStruct) or not jnp.issubdtype(out.dtype, jnp.floating):
-        raise TypeError(
-            f"the model must return one floating point array (b, ...), got {out}; concatenate "
-            "several outputs"
-        )
-    if out.shape[:1] != (plan.chunk,):
-        raise ValueError(
-            f"the model must map a batch {batch.shape} to a batch ({plan.chunk}, ...), got "
-            f"{out.shape}"
-        )
-    return out.shape[1:]
 
 
 def sigma_of(plan: SmoothingPlan, x: Array) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxcert.certificate import ABSTAIN, Certificate, issue, predicted_class
 from jaxcert.model import Model, Structure, output_shape, split
-from jaxcert.smoothing.sampling import rows_apart
+from jaxcert.smoothing.sampling import require_apart, rows_apart
 
 Array: TypeAlias = jax.Array
 
@@ -161,6 +161,7 @@ def certify(
     arrays, structure = split(f, window)
     batch = jax.ShapeDtypeStruct((chunk, *window.shape[1:]), window.dtype)
     output_shape(structure, arrays, batch)
+    require_apart(structure, arrays, window, chunk)
     prediction, safe = _certify(
         arrays,
         x,
@@ -198,6 +199,11 @@ def _certify(
             return vote(structure.build(arrays)(seen))
 
         table = jax.lax.map(votes, jnp.asarray(numbers, jnp.int32))
+        if table.ndim != 3 or table.shape[2] < 2:
+            raise ValueError(
+                "vote must tell at least 2 classes apart, bool (chunk, k), got rows of shape "
+                f"{table.shape[2:]}; with one class, no vote at all would be the only other outcome"
+            )
         table = table.reshape(numbers.size, -1)[:total].astype(jnp.int32)
         table = table.reshape(len(in_rows), len(in_columns), -1)
         return decide(table, _touched(in_rows, patch.height), _touched(in_columns, patch.width))

@@ -13,20 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
-from jaxcert.floats import rounded_down, rounded_up
-from jaxcert.model import Model, Structure, is_traced, split
+from jaxcert.floats import ieee_float64, rounded_down, rounded_up
+from jaxcert.model import Model, Structure, is_traced
 from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import upper_tail
 from jaxcert.smoothing.outputs import (
     confidence_of,
     keep,
-    output_shape,
     per_image,
     sigma_of,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import usable
+from jaxcert.smoothing.sampling import prepared, usable
 
 Array: TypeAlias = jax.Array
 
@@ -106,9 +105,9 @@ def certify(
     sigma = sigma_of(plan, x)
     if not 0 < p < 1:
         raise ValueError(f"p must lie in (0, 1), got {p}; type p=0.5 for the median")
-    eps = rounded_up_radius(eps, x.shape[0])
-    arrays, structure = split(f, x)
-    coordinates = max(1, math.prod(output_shape(structure, arrays, x, plan)))
+    eps = ieee_float64(rounded_up_radius(eps, x.shape[0]))
+    arrays, structure, out = prepared(f, x, plan)
+    coordinates = max(1, math.prod(out))
     with jax.enable_x64(True):
         quantile = ndtri(jnp.asarray(p, jnp.float64))
         level = plan.alpha / (2 * coordinates)
@@ -217,9 +216,7 @@ def _bounds(
         return value, -ranked(descending, below), ranked(ascending, above)
 
     value, lower, upper = per_image(one, key, index, plan, x, *ranks)
-    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
-        -1, *(1,) * (value.ndim - 1)
-    )
+    good = usable(structure, arrays, x, plan.noise, plan.rows).reshape(-1, *(1,) * (value.ndim - 1))
     return (
         jnp.where(good, value, jnp.nan),
         jnp.where(good, lower, -jnp.inf),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
+from numbers import Integral, Real
 from typing import Any
 
 from jaxcert.smoothing.noise import Noise
@@ -48,7 +50,7 @@ class SmoothingPlan:
     def __post_init__(self):
         require_noise(self.noise)
         require_counts(self, "n0", "n", "chunk", "group")
-        require_alpha(self.alpha)
+        require_errors(self, "alpha")
         if self.n + self.n0 >= 2**31:
             raise ValueError(
                 f"n + n0 must be below 2^31, got {self.n + self.n0}; take n=1_000_000, the radius "
@@ -63,25 +65,48 @@ class SmoothingPlan:
                 f"the bound {level:g}^(1/n) is at most 1/2; take n >= {needed}"
             )
 
+    @property
+    def rows(self) -> int:
+        """How many rows the model sees at a time."""
+        return self.chunk
+
 
 def require_noise(noise: Any) -> None:
-    """Raise unless it is a distribution."""
+    """Raise unless it is a distribution, and can be a static argument."""
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be a distribution, got {noise!r}; type noise=Gaussian(0.25)")
+    if not (dataclasses.is_dataclass(noise) and isinstance(noise, Hashable)):
+        raise TypeError(
+            f"{type(noise).__name__} must be a frozen dataclass, so that jit can take it as a "
+            "static argument: type @dataclasses.dataclass(frozen=True) above the class"
+        )
+    if not hasattr(noise, "norm"):
+        raise TypeError(
+            f"{type(noise).__name__} must say in which norm its radius is: give it a field or an "
+            "attribute, norm = 2.0"
+        )
 
 
 def require_counts(plan: Any, *names: str) -> None:
-    """Raise unless these fields are positive ints."""
+    """Make these fields ints; raise unless they are positive ones."""
     for name in names:
         value = getattr(plan, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
             raise ValueError(
                 f"{name} must be a positive int, got {value!r} ({type(value).__name__}); e.g. "
                 f"{name}=100"
             )
+        object.__setattr__(plan, name, int(value))
 
 
-def require_alpha(alpha: float) -> None:
-    """Raise unless it can be the probability of an error."""
-    if not isinstance(alpha, float) or not 1e-300 <= alpha < 1:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha!r}; type alpha=1e-3")
+def require_errors(plan: Any, *names: str) -> None:
+    """Make these fields floats; raise unless they can be the probability of an error."""
+    for name in names:
+        object.__setattr__(plan, name, as_error(getattr(plan, name), name))
+
+
+def as_error(value: Any, name: str = "alpha") -> float:
+    """A probability of an error as a float, or an error."""
+    if not isinstance(value, Real) or not 1e-300 <= float(value) < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {value!r}; type {name}=1e-3")
+    return float(value)

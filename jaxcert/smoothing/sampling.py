@@ -11,6 +11,7 @@ Promises, whatever the chunk size, the batch and the order of its images:
   partly used last batch is filled up with draws that are not counted.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxcert.certificate import ABSTAIN, predicted_class
-from jaxcert.errors import UnsupportedEquation
-from jaxcert.model import Model, Structure, output_shape, split
+from jaxcert.errors import MixedRows, UnsupportedEquation
+from jaxcert.model import Model, Structure, is_traced, output_shape, run, split
 from jaxcert.smoothing.affine import AffineFirst
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import SmoothingPlan
@@ -77,7 +78,7 @@ def count_votes(
       int32 (b, k) votes in the n draws, and (b, k) in the n0 draws.
     """
     key = hardware_key(key) if plan.hardware else threefry_key(key)
-    k = number_of_classes(f, a_copy(plan.noise, x), plan.chunk)
+    k = number_of_classes(f, copies(plan.noise, x, plan.rows))
     first, step = share
     chunks = -(-(plan.n + n0) // (plan.chunk * step))
 
@@ -120,14 +121,45 @@ def _classes(f: Model, key: Array, x: Array, numbers: Array, noise: Noise) -> Ar
     return jax.lax.map(classes, x)
 
 
-def a_copy(noise: Noise, x: Array) -> Array:
-    """A batch (1, *copy) of what the model receives of x (b, *input)."""
-    return noise.perturb(jax.random.key(0), x[0])[None]
+def copies(noise: Noise, x: Any, rows: int) -> jax.ShapeDtypeStruct:
+    """A batch (rows, *copy) of what the model receives of x (b, *input), by shape and type."""
+    image = jax.ShapeDtypeStruct(x.shape[1:], jax.dtypes.canonicalize_dtype(x.dtype))
+    copy = jax.eval_shape(noise.perturb, jax.eval_shape(jax.random.key, 0), image)
+    return jax.ShapeDtypeStruct((rows, *copy.shape), copy.dtype)
 
 
-def number_of_classes(f: Model, x: Any, rows: int) -> int:
-    """k, from the shapes alone, for batches of so many rows such as x (b, *input)."""
-    batch = jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+def prepared(f: Model, x: Array, plan: Any) -> tuple[list[Any], Structure, tuple[int, ...]]:
+    """The model in two parts, as `jaxcert.model.split`, and the shape of its output for one row.
+
+    Args:
+      f: the model, (plan.rows, *copy) -> (plan.rows, *out) floats.
+      x: (b, *input).
+      plan: with a noise and rows.
+
+    Raises:
+      TypeError, ValueError: it returns something else.
+      MixedRows, StatefulModel: the rows of a batch do not leave each other alone, or each call is
+        another function. Of traced models and images only what their equations prove raises.
+    """
+    batch = copies(plan.noise, x, plan.rows)
+    arrays, structure = split(f, batch)
+    out = run.eval_shape(structure, arrays, batch)
+    if not isinstance(out, jax.ShapeDtypeStruct) or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"the model must return one floating point array (b, ...), got {out}; concatenate "
+            "several outputs"
+        )
+    if out.shape[:1] != (plan.rows,):
+        raise ValueError(
+            f"the model must map a batch {batch.shape} to a batch ({plan.rows}, ...), got "
+            f"{out.shape}"
+        )
+    require_apart(structure, arrays, x, plan.rows, plan.noise)
+    return arrays, structure, out.shape[1:]
+
+
+def number_of_classes(f: Model, batch: jax.ShapeDtypeStruct) -> int:
+    """k, from the shapes alone, for such batches."""
     arrays, structure = split(f, batch)
     k = output_shape(structure, arrays, batch).shape[1]
     if k < 2:
@@ -140,48 +172,73 @@ def number_of_classes(f: Model, x: Any, rows: int) -> int:
 
 def usable(structure: Structure, arrays: Sequence[Any], x: Array, noise: Noise, rows: int) -> Array:
     """bool (b,): whether draws mean anything: the noise is for such images, and rows are apart."""
-    return noise.usable(x) & rows_apart(structure, arrays, a_copy(noise, x), rows)
+    return noise.usable(x) & rows_apart(structure, arrays, x, rows, noise)
 
 
-def rows_apart(structure: Structure, arrays: Sequence[Any], x: Array, chunk: int) -> Array | bool:
+def require_apart(
+    structure: Structure, arrays: Sequence[Any], x: Array, rows: int, noise: Noise | None = None
+) -> None:
+    """Raise unless `rows_apart`, where that is known."""
+    apart = rows_apart(structure, arrays, x, rows, noise)
+    if is_traced(apart) or apart:
+        return
+    raise MixedRows(
+        "this model gives equal rows of a batch different logits, or a row's logits change with "
+        "the rows beside it, so that its votes would not be independent; look for a mask or random "
+        "numbers of the batch's shape, for dropout, for statistics of the batch: call eval(), or "
+        "let each row have its own"
+    )
+
+
+# Jitted for the cache of its traces: it is asked before a run, and within it for traced callers.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def rows_apart(
+    structure: Structure, arrays: Sequence[Any], x: Array, rows: int, noise: Noise | None = None
+) -> Array | bool:
     """Whether the rows of a batch leave each other alone, without which votes are not independent.
 
     Proved from the model's equations where they can be followed; mixing raises. A model that holds
     numbers of its own for each row (a mask of the batch's shape) is put to the test: equal rows
-    must have equal logits, but for rounding. So is one that cannot be followed, whose first row's
-    logits must also stay the same to the bit when all others are replaced.
+    must have equal logits, but for rounding. So is one that cannot be followed, whose first and
+    last rows' logits must also stay the same to the bit when all others are replaced.
 
     Args:
       structure, arrays: the model.
-      x: (b, *input), such as the model receives.
-      chunk: rows of a batch.
+      x: (b, *input), such as the model receives, or its noisy copies where there is noise.
+      rows: of a batch.
 
     Raises:
       MixedRows, StatefulModel: see `jaxcert.errors`.
     """
+    one = jnp.where(jnp.isfinite(x[0]), x[0], 0)
+    one = one if noise is None else noise.perturb(jax.random.key(0), one)
     try:
         followed = True
-        if not may_see_place(structure.build(arrays), x.shape[1:], x.dtype):
+        if not may_see_place(structure.build(arrays), one.shape, one.dtype):
             return True
     except UnsupportedEquation:
         followed = False
-    alike = jnp.broadcast_to(x[0], (chunk, *x.shape[1:]))
+    alike = jnp.broadcast_to(one, (rows, *one.shape))
     logits = structure.build(arrays)(alike)
-    size = jnp.max(jnp.abs(logits[0]), initial=0.0)
-    known = jnp.isfinite(logits) & jnp.isfinite(logits[0])
-    equal = ~jnp.any(known & (jnp.abs(logits - logits[0]) > 2.0**-6 * size))
+    finite = jnp.isfinite(logits[0])
+    size = jnp.max(jnp.abs(logits[0]), initial=0.0, where=finite)
+    near = finite & (jnp.abs(logits - logits[0]) <= 2.0**-6 * size)
+    equal = jnp.all(near | _same(logits, logits[0]))
     if followed:
         return equal
-    first, again = (
-        logits[0],
-        structure.build(arrays)(alike.at[1:].multiply(-1.5).at[1:].add(0.3))[0],
-    )
-    return equal & jnp.all((first == again) | (jnp.isnan(first) & jnp.isnan(again)))
+    for row in (0, rows - 1):
+        others = (-1.5 * alike + 0.3).astype(alike.dtype).at[row].set(one)
+        equal &= jnp.all(_same(structure.build(arrays)(others)[row], logits[row]))
+    return equal
+
+
+def _same(a: Array, b: Array) -> Array:
+    return (a == b) | (jnp.isnan(a) & jnp.isnan(b))
 
 
 def _schedule(c: Array, n: int, n0: int, chunk: int) -> tuple[Array, Array]:
     """The draw numbers of chunk c and their stages: 0 estimation, 1 selection, 2 not counted."""
-    row = c.astype(jnp.uint32) * jnp.uint32(chunk) + jnp.arange(chunk, dtype=jnp.uint32)
+    row = jnp.asarray(c, jnp.uint32) * jnp.uint32(chunk) + jnp.arange(chunk, dtype=jnp.uint32)
     stage = (row >= n).astype(jnp.int32) + (row >= n + n0).astype(jnp.int32)
     # ~j is 2^32 - 1 - j.
     draw = jnp.where(row < n, row, ~(row - jnp.uint32(n)))

@@ -2,26 +2,26 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxcert.certificate import ABSTAIN, predicted_class
-from jaxcert.floats import rounded_down
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64, rounded_down
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
 from jaxcert.sets import Box, Grid
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import upper_tail
 from jaxcert.smoothing.outputs import (
     confidence_of,
-    output_shape,
     per_image,
     tally,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
-from jaxcert.smoothing.sampling import usable
+from jaxcert.smoothing.sampling import prepared, usable
 
 Array: TypeAlias = jax.Array
 
@@ -101,16 +101,21 @@ def certify(
         raise ValueError(f"tau must lie in [1/2, 1), got {tau}; type tau=0.75")
     if not isinstance(errors, int) or errors < 0:
         raise ValueError(f"errors must be a whole number of pixels, got {errors!r}; type errors=0")
-    arrays, structure = split(f, x)
-    out = output_shape(structure, arrays, x, plan)
+    if tau**plan.n > plan.alpha * (errors + 1):
+        needed = math.ceil(math.log(plan.alpha) / math.log(tau))
+        raise ValueError(
+            f"n={plan.n} draws cannot tell a probability from tau={tau} at alpha={plan.alpha}; "
+            f"take n >= {needed}, and more for many pixels"
+        )
+    arrays, structure, out = prepared(f, x, plan)
     if len(out) < 2 or out[-1] < 2:
         raise ValueError(
             f"the model must return logits (b, *pixels, k) with k >= 2 classes last, got (b, "
             f"{', '.join(map(str, out))}); for one class per image use jaxcert.smoothing.certify"
         )
-    prediction = _certify(
-        arrays, key, x, index, structure=structure, plan=plan, tau=tau, errors=errors
-    )
+    top, votes = _votes(arrays, key, x, index, structure=structure, plan=plan)
+    top, votes, x = ieee_float64((top, votes, x))
+    prediction = _decided(top, votes, plan=plan, tau=tau, errors=errors)
     dtype, noise = jnp.result_type(float), plan.noise
     with jax.enable_x64(True):
         radius = noise.radius(jnp.full(index.shape, tau, jnp.float64), None, x)
@@ -119,18 +124,12 @@ def certify(
     return SegmentationCertificate(prediction, radius, confidence, errors, noise.norm, noise.within)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "plan", "tau", "errors"))
-def _certify(
-    arrays: list,
-    key: Array,
-    x: Array,
-    index: Array,
-    *,
-    structure: Structure,
-    plan: SmoothingPlan,
-    tau: float,
-    errors: int,
-) -> Array:
+@functools.partial(jax.jit, static_argnames=("structure", "plan"))
+def _votes(
+    arrays: list, key: Array, x: Array, index: Array, *, structure: Structure, plan: SmoothingPlan
+) -> tuple[Array, Array]:
+    """The class selected of every pixel (b, *pixels), and its votes."""
+
     def classes(z):
         logits = structure.build(arrays)(z)
         # A pixel whose logits are not all finite votes for no class.
@@ -140,15 +139,21 @@ def _certify(
         selection = tally(classes, image_key, pixels, plan, n=plan.n0, selection=True)
         estimation = tally(classes, image_key, pixels, plan, n=plan.n)
         top = jnp.argmax(selection, axis=-1)
-        votes = jnp.take_along_axis(estimation, top[..., None], axis=-1)[..., 0]
-        certain = step_down(votes.ravel(), plan.n, tau, plan.alpha, errors).reshape(votes.shape)
-        return jnp.where(certain, top, ABSTAIN).astype(jnp.int32)
+        return top, jnp.take_along_axis(estimation, top[..., None], axis=-1)[..., 0]
 
-    prediction = per_image(one, key, index, plan, x)
-    good = usable(structure, arrays, x, plan.noise, plan.chunk).reshape(
-        -1, *(1,) * (prediction.ndim - 1)
-    )
-    return jnp.where(good, prediction, ABSTAIN)
+    top, votes = per_image(one, key, index, plan, x)
+    good = usable(structure, arrays, x, plan.noise, plan.rows)
+    return top, jnp.where(good.reshape(-1, *(1,) * (votes.ndim - 1)), votes, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "tau", "errors"))
+def _decided(top: Array, votes: Array, *, plan: SmoothingPlan, tau: float, errors: int) -> Array:
+    """The classes that are certain, (b, *pixels)."""
+
+    def one(votes):
+        return step_down(votes.ravel(), plan.n, tau, plan.alpha, errors).reshape(votes.shape)
+
+    return jnp.where(jax.lax.map(one, votes), top, ABSTAIN).astype(jnp.int32)
 
 
 # With p-values p_(1) <= ... <= p_(m), reject the first, second, ... hypothesis as long as

@@ -10,19 +10,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcert.certificate import ABSTAIN, Certificate, issue, predicted_class
-from jaxcert.model import Model, Structure, split
+from jaxcert.floats import ieee_float64
+from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
-from jaxcert.smoothing.arguments import checked
+from jaxcert.smoothing.arguments import checked, require_votes
 from jaxcert.smoothing.certify import confidence, rebuilt
 from jaxcert.smoothing.confidence import Boundaries, Hybrid, SequentialTest
 from jaxcert.smoothing.devices import everywhere, over_images
 from jaxcert.smoothing.noise import Noise
-from jaxcert.smoothing.plan import require_alpha, require_counts, require_noise
+from jaxcert.smoothing.plan import require_counts, require_errors, require_noise
 from jaxcert.smoothing.sampling import (
-    a_copy,
+    copies,
     hardware_key,
     noisy_copies,
     number_of_classes,
+    prepared,
     threefry_key,
     usable,
 )
@@ -49,8 +51,7 @@ class SequentialPlan:
       hardware: as for `SmoothingPlan`.
 
     Raises:
-      TypeError, ValueError: for numbers no plan can have, or a radius that `n` draws cannot
-        certify at alpha even if all agree.
+      TypeError, ValueError: for numbers no plan can have.
     """
 
     noise: Noise
@@ -67,19 +68,26 @@ class SequentialPlan:
     def __post_init__(self):
         require_noise(self.noise)
         require_counts(self, "n0", "n", "peek", "slots")
-        require_alpha(self.alpha)
-        require_alpha(self.beta)
+        require_errors(self, "alpha", "beta")
         if not isinstance(self.test, SequentialTest):
             raise TypeError(f"test must be a SequentialTest, got {self.test!r}; type Hybrid()")
-        radii = self.radii
-        known = isinstance(radii, tuple) and all(isinstance(r, int | float) for r in radii)
-        if not (known and radii and all(0 <= r < np.inf for r in radii)):
-            raise ValueError(f"radii must be a tuple of numbers >= 0, got {radii!r}; e.g. (0.5,)")
+        radii = np.asarray(self.radii)
+        known = radii.ndim == 1 and radii.size > 0 and radii.dtype.kind in "iuf"
+        if not (known and np.all((radii >= 0) & (radii < np.inf))):
+            raise ValueError(
+                f"radii must be a tuple of numbers >= 0, got {self.radii!r}; e.g. (0.5,)"
+            )
+        object.__setattr__(self, "radii", tuple(radii.tolist()))
         if self.n % self.peek or self.n + self.n0 >= 2**31:
             raise ValueError(
                 f"n must be a multiple of peek={self.peek} below 2^31, got {self.n}; take "
                 f"n={max(1, self.n // self.peek) * self.peek}"
             )
+
+    @property
+    def rows(self) -> int:
+        """How many rows the model sees at a time."""
+        return self.slots * self.peek
 
 
 @pytree
@@ -88,8 +96,8 @@ class Decisions:
     """What `certify_at` found out about each image.
 
     Attributes:
-      certificate: its radius is the largest of the plan's radii that is certified; the prediction
-        is `ABSTAIN` where none is.
+      certificate: its radius is the largest of the plan's radii that is certified, and not less
+        in the default float type; the prediction is `ABSTAIN` where none is.
       certified: bool (b, r), whether each radius is.
       draws: int32 (b,), how many draws it took, those for selection included.
       class_votes: int32 (b,), how many of the draws - n0 others were for the selected class.
@@ -118,7 +126,8 @@ def certify_at(
     rejects p <= p(r) rejects it for every smaller r, so that the only false certificates are those
     of the smallest wrong radius, and alpha is spent once.
 
-    Arguments and errors are those of `certify`; a mesh is used along its axis "images". The draws
+    Arguments and errors are those of `certify`, and a ValueError for a radius that `n` draws cannot
+    certify at alpha even if all agree; a mesh is used along its axis "images". The draws
     are those of `certify`, too: numbers 0, 1, ... for the decision, counted down from 2^32 - 1 for
     the selection.
 
@@ -134,15 +143,29 @@ def certify_at(
       [0.25 0.5  0.  ] [ True  True]
     """
     x, index = checked(key, x, plan, index, SequentialPlan)
-    arrays, structure = split(f, x)
-    boundaries = _boundaries(plan, x.shape[1:])
-    decided = _decide(arrays, key, x, index, boundaries, structure=structure, plan=plan, mesh=mesh)
-    return Decisions(*decided)
+    arrays, structure, _ = prepared(f, x, plan)
+    # As radii are rounded down in certificates, floats above them are asked about.
+    radii = _not_below(plan.radii, jnp.result_type(float))
+    asked = _boundaries(plan, tuple(radii.tolist()), x.shape[1:]), radii
+    decisions, elected_by = _decide(
+        arrays, key, x, index, asked, structure=structure, plan=plan, mesh=mesh
+    )
+    require_votes(elected_by, plan.noise, x)
+    return decisions
+
+
+def _not_below(radii: tuple[float, ...], dtype: Any) -> np.ndarray:
+    """The least floats of a type that are not below the radii."""
+    nearest = np.asarray(radii).astype(dtype)
+    above = np.nextafter(nearest, np.inf, dtype=dtype)
+    return np.where(nearest.astype(np.float64) < radii, above, nearest)
 
 
 @functools.lru_cache(maxsize=64)
-def _boundaries(plan: SequentialPlan, shape: tuple[int, ...]) -> Boundaries:
-    p0 = probabilities_needed(plan.noise, plan.radii, shape)
+def _boundaries(
+    plan: SequentialPlan, radii: tuple[float, ...], shape: tuple[int, ...]
+) -> Boundaries:
+    p0 = probabilities_needed(plan.noise, radii, shape)
     boundaries = plan.test.boundaries(
         p0, n_max=plan.n, alpha=plan.alpha, peek=plan.peek, beta=plan.beta
     )
@@ -170,8 +193,8 @@ def probabilities_needed(
 
     def proves(p: np.ndarray) -> np.ndarray:
         images = np.broadcast_to(x, (len(p), *shape))
-        with jax.ensure_compile_time_eval():
-            found = np.asarray(noise.radius(p, None, images))
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            found = np.asarray(noise.radius(ieee_float64(p), None, images))
         return (found[None] >= np.asarray(radii)[:, None]) & (found[None] > 0)
 
     # The radius grows with p. Each round looks at 65 points between the ends of the one before.
@@ -180,10 +203,12 @@ def probabilities_needed(
     for _ in range(10):
         for i in range(len(radii)):
             points = np.linspace(low[i], high[i], 65)
-            first = int(np.argmax(proves(points)[i]))
+            enough = proves(points)[i]
+            # The end itself may fail here: another batch shape may compute it to another last bit.
+            first = int(np.argmax(enough)) if enough.any() else len(points) - 1
             low[i], high[i] = points[max(first - 1, 0)], points[first]
-    # Another batch shape may compute the radius to another last bit, so a little more is asked for.
-    return np.where(reached, high + 1e-12 * (1 - high), 1.0)
+    needed = high + 1e-12 * (1 - high)  # so a little more is asked for
+    return np.where(reached & np.diag(proves(needed)), needed, 1.0)
 
 
 class _Slots(NamedTuple):
@@ -204,6 +229,7 @@ class _Found(NamedTuple):
     """The same of images that are done: (b, ...), and while in work one row more, for no image."""
 
     top: Array
+    elected_by: Array  # votes of the selection
     votes: Array
     draws: Array
     verdict: Array
@@ -215,21 +241,22 @@ def _decide(
     key: Array,
     x: Array,
     index: Array,
-    boundaries: Boundaries,
+    asked: tuple[Boundaries, Any],
     *,
     structure: Structure,
     plan: SequentialPlan,
     mesh: Mesh | None,
-) -> tuple[Certificate, Array, Array, Array]:
+) -> tuple[Decisions, Array]:
+    """Decisions, and how many votes elected the class of each image; `asked` are the radii too."""
+    boundaries, radii = asked
+
     def run(arrays, key, x, index):
         return _run(key, rebuilt(structure, arrays), x, index, boundaries, plan)
 
     found = over_images(run, mesh, 1)(arrays, key, x, index)
-    good = usable(structure, arrays, x, plan.noise, plan.slots * plan.peek)
+    good = usable(structure, arrays, x, plan.noise, plan.rows)
     certified = (found.verdict == 1) & good[:, None]
-    with jax.enable_x64(True):
-        radii = jnp.asarray(np.asarray(plan.radii, np.float64))
-        radius = jnp.max(jnp.where(certified, radii, 0.0), axis=1)
+    radius = jnp.max(jnp.where(certified, radii, 0), axis=1)
     prediction = jnp.where(jnp.any(certified, axis=1), found.top, ABSTAIN)
     certificate = issue(
         prediction,
@@ -238,7 +265,8 @@ def _decide(
         within=plan.noise.within,
         confidence=confidence(plan.alpha),
     )
-    return everywhere((certificate, certified, found.draws, found.votes), mesh)
+    decisions = Decisions(certificate, certified, found.draws, found.votes)
+    return everywhere((decisions, found.elected_by), mesh)
 
 
 def _run(
@@ -246,14 +274,14 @@ def _run(
 ) -> _Found:
     """Draw block after block until no image is left."""
     key = hardware_key(key) if plan.hardware else threefry_key(key)
-    k = number_of_classes(f, a_copy(plan.noise, x), plan.slots * plan.peek)
+    k = number_of_classes(f, copies(plan.noise, x, plan.rows))
     b, r, s = len(x), len(plan.radii), plan.slots
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     slots = _Slots(
         jnp.arange(s, dtype=jnp.int32),
         zeros(s), zeros((s, k)), zeros(s), zeros((s, r)), jnp.int32(s),
     )  # fmt: skip
-    found = _Found(zeros(b + 1), zeros(b + 1), zeros(b + 1), zeros((b + 1, r)))
+    found = _Found(zeros(b + 1), zeros(b + 1), zeros(b + 1), zeros(b + 1), zeros((b + 1, r)))
 
     def work(state: tuple[_Slots, _Found]) -> tuple[_Slots, _Found]:
         slots, found = state
@@ -336,6 +364,7 @@ def _refilled(slots: _Slots, found: _Found, plan: SequentialPlan) -> tuple[_Slot
     draws = (slots.block - _selection_blocks(plan)) * plan.peek + plan.n0
     found = _Found(
         found.top.at[place].set(jnp.argmax(slots.selection, axis=1).astype(jnp.int32)),
+        found.elected_by.at[place].set(jnp.max(slots.selection, axis=1)),
         found.votes.at[place].set(slots.votes),
         found.draws.at[place].set(draws),
         found.verdict.at[place].set(slots.verdict),

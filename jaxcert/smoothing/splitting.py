@@ -11,8 +11,8 @@ from jaxcert.certificate import ABSTAIN, Certificate, issue, predicted_class
 from jaxcert.model import Model, Structure, split
 from jaxcert.sets import Grid
 from jaxcert.smoothing.arguments import require_all, require_images, require_key
-from jaxcert.smoothing.noise.grid import nearest_level, on_grid
-from jaxcert.smoothing.sampling import number_of_classes, rows_apart, threefry_key
+from jaxcert.smoothing.noise.grid import grid_inputs, nearest_level, on_grid
+from jaxcert.smoothing.sampling import number_of_classes, require_apart, rows_apart, threefry_key
 
 Array: TypeAlias = jax.Array
 
@@ -64,8 +64,10 @@ def certify_splitting(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     usable = on_grid(x, levels)
-    require_all(usable, x, "certify_splitting")
-    arrays, structure = split(f, x)
+    require_all(usable, x, "certify_splitting", grid_inputs(levels))
+    batch = jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
+    arrays, structure = split(f, batch)
+    require_apart(structure, arrays, x, chunk)
     votes = _votes(arrays, key, x, structure=structure, steps=steps, levels=levels, chunk=chunk)
     return _decided(votes, usable, levels)
 
@@ -83,9 +85,11 @@ def _votes(
 ) -> Array:
     """How many of the thresholds vote for each class, int32 (b, k)."""
     key = threefry_key(key)
-    k = number_of_classes(structure.build(arrays), x, chunk)
+    k = number_of_classes(
+        structure.build(arrays), jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype)
+    )
     with jax.threefry_partitionable(False):
-        first = jax.random.randint(key, x.shape[1:], 0, steps)
+        first = jax.random.randint(key, x.shape[1:], 0, steps, jnp.int32)
 
     def seen(level: Array, j: Array) -> Array:
         s = (first + j) % steps

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxcert import evaluate, smoothing
 from jaxcert.errors import RecordMismatch
@@ -99,8 +100,69 @@ def test_sequential_runs_record_their_decisions(tmp_path):
     assert [r["draws"] for r in lines(path)] == np.asarray(found.draws).tolist()
     assert [r["certified"] for r in lines(path)] == np.asarray(found.certified).tolist()
     assert records.read(path).config["test"] == "Hybrid(betting=0.2)"
-    with pytest.raises(RecordMismatch, match="another plan"):
+    with pytest.raises(RecordMismatch, match="of a SequentialPlan"):
         evaluate.rebound(path, X, PLAN, index=np.arange(M))
+
+
+def test_other_pixels_are_another_run(tmp_path):
+    path = tmp_path / "run.jsonl"
+    run(path)
+    for other in (2 * X, X[::-1]):
+        with pytest.raises(RecordMismatch, match="other pixels"):
+            evaluate.run_smoothing(
+                3, sign, other, LABELS, PLAN, net="sign", path=path, also=(0.001,)
+            )
+        with pytest.raises(RecordMismatch, match="other pixels"):
+            evaluate.rebound(path, other, PLAN)
+    assert np.array_equal(evaluate.rebound(path, X, PLAN).radius, evaluate.load(path).radius)
+
+
+def test_a_log_that_ends_within_a_group_is_resumed(tmp_path):
+    """The whole group is drawn for again, and what is on record stays there once."""
+    plan, path = dataclasses.replace(PLAN, group=2), tmp_path / "run.jsonl"
+    whole = run(path, plan=plan, batch=4)
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:4]) + kept[4][:20])
+    resumed = run(path, plan=plan, batch=4)
+    assert np.array_equal(resumed.radius, whole.radius)
+    assert [r["index"] for r in lines(path)] == list(range(M))
+
+
+def test_radii_that_no_float32_is_equal_to_are_certified_at_themselves():
+    plan = SequentialPlan(noise=Gaussian(0.5), radii=(0.1, 0.3), n0=20, n=2000)
+    results = run(plan=plan)
+    certificate = smoothing.certify_at(jax.random.key(3), sign, X, plan)
+    both = np.asarray(certificate.certified)[:, 0] & (results.prediction == LABELS)
+    assert evaluate.certified_accuracy(results, LABELS, [0.1]) == both.mean() > 0
+
+
+def test_what_a_log_cannot_name_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    noise = smoothing.Ablation(1, encode=lambda x, kept: x)
+    pixels, plan = np.zeros((M, 3, 1), np.float32), SmoothingPlan(noise=noise, n=100)
+    with pytest.raises(ValueError, match="define it by name"):
+        evaluate.run_smoothing(3, sign, pixels, LABELS, plan, net="sign", path=path)
+    with pytest.raises(ValueError, match=r"seed must lie in \[0, 2\^32\)"):
+        evaluate.run_smoothing(2**32 + 3, sign, X, LABELS, PLAN)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        run(tmp_path / "none" / "run.jsonl")
+    assert not path.exists()
+
+
+def test_modules_with_keys_of_their_own_have_a_name(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(1, 2, rngs=nnx.Rngs(0))
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+
+        def __call__(self, z):
+            return self.drop(self.layer(z))
+
+    net = Net()
+    net.eval()
+    path = tmp_path / "run.jsonl"
+    evaluate.run_smoothing(3, net, X, LABELS, PLAN, net="net", path=path)
+    assert len(records.read(path).config["weights"]) == 16
 
 
 def test_votes_are_bounded_anew_and_say_if_post_hoc(tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from jaxcert.smoothing import (
     UniformBall,
 )
 
+KEY = jax.random.key(0)
 D = 2
 PAIRS = np.array([[0.6, 0.4], [0.97, 0.03], [0.55, 0.2], [0.3, 0.1]])
 
@@ -172,6 +174,26 @@ def test_radii_are_of_the_numbers_that_are_drawn():
         assert np.asarray(noise.radius(np.array([1.0, 2.0]), None, x[:, :, None].repeat(2, 0)))[
             [0, 1]
         ].tolist() == [0, 0]
+
+
+def test_a_lead_of_nearly_all_votes_is_not_rounded_up():
+    """1 - (pA - pB) cancels there, by 1e-8 of the radius at this pair."""
+    p_lower, p_upper = 1 - 1e-10, 1e-12
+    with mpmath.workdps(40):
+        rest = 1 - mpmath.mpf(p_lower) + mpmath.mpf(p_upper)
+        halves = mpmath.log(mpmath.mpf(p_lower) / mpmath.mpf(p_upper)) / 2
+        exact = max(-mpmath.log(rest), halves)
+    radius = Laplace(1.0).radius(np.array([p_lower]), np.array([p_upper]))
+    assert float(np.asarray(radius)[0]) < exact
+
+
+@pytest.mark.parametrize("noise", [ExpInf(0.01, 2.0), PowInf(1.0, 40.0)])
+def test_draws_are_the_same_in_float64_mode(noise):
+    drawn = np.asarray(noise.sample(KEY, (5, 3), jnp.float32))
+    with jax.enable_x64(True):
+        again = np.asarray(noise.sample(KEY, (5, 3), jnp.float32))
+    assert np.argmax(np.abs(drawn)) == np.argmax(np.abs(again))
+    np.testing.assert_allclose(drawn, again, rtol=1e-5)
 
 
 def test_known_radii():

@@ -210,3 +210,10 @@ def test_bad_arguments_say_what_to_type():
             certify(**{**good, **change})
     with pytest.raises(ValueError, match="positive"):
         Patch(0, 1)
+
+
+def test_one_class_is_refused():
+    """All votes gone is another outcome than the class, which the counts of others do not show."""
+    one = {"f": lambda z: z.sum((1, 2, 3))[:, None], "vote": lambda logits: logits > 0}
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        certify(x=jnp.ones((1, 4, 4, 1)), patch=Patch(4, 4), windows=columns(2), **one)

@@ -121,11 +121,23 @@ def test_models_that_prove_nothing_certify_nothing():
     def nan(x):
         return jnp.full((len(x), 3), jnp.nan)
 
-    found = smoothing.certify_at(KEY, nan, X[:2], PLAN)
+    with pytest.raises(ValueError, match="not all finite, on any draw"):
+        smoothing.certify_at(KEY, nan, X[:2], PLAN)
+    found = jax.jit(lambda x: smoothing.certify_at(KEY, nan, x, PLAN))(X[:2])
     assert not np.asarray(found.certified).any()
     assert found.certificate.prediction.tolist() == [-1, -1]
     found = smoothing.certify_at(KEY, sign, jnp.array([[jnp.nan], [2.0]]), PLAN)
     assert found.certificate.prediction.tolist() == [-1, 0]
+
+
+def test_a_radius_at_a_point_of_the_search_is_proved_by_the_probability_found():
+    """Batches of other sizes compute a radius to another last bit; the search went to its start."""
+    noise, x = UniformBall(1.0), np.zeros((1, 12), np.float32)
+    for p in (17 / 32, 19 / 32, 31 / 32):
+        with jax.enable_x64(True):
+            radius = float(noise.radius(np.array([p]), None, x)[0])
+            needed = probabilities_needed(noise, (radius,), (12,))
+            assert float(noise.radius(needed, None, x)[0]) >= radius
 
 
 @pytest.mark.parametrize("noise", [Gaussian(0.5), Laplace(0.5), UniformBall(2.0)])
@@ -146,7 +158,7 @@ def test_probabilities_needed_are_least(noise):
         ({"radii": (-1.0,)}, "radii must be a tuple"),
         ({"n": 1001}, "take n=1000"),
         ({"slots": 0}, "slots must be a positive int"),
-        ({"beta": 0.0}, "alpha must lie"),
+        ({"beta": 0.0}, "beta must lie"),
     ],
 )
 def test_bad_plans_are_named(changes, message):

@@ -194,7 +194,8 @@ def test_flax_models_and_float64_inputs():
     assert 0.3 < float(wide.radius[0]) <= 0.5
 
 
-def test_a_second_net_of_the_same_shapes_traces_nothing():
+def test_a_second_net_of_the_same_shapes_compiles_nothing():
+    """A function is traced at every call, to see that what it closes over is still the same."""
     traces = []
 
     def counted(params, z):
@@ -209,7 +210,7 @@ def test_a_second_net_of_the_same_shapes_traces_nothing():
     before = len(traces)
     assert before > 0
     second = run(1, jax.random.key(7), 2 * IMAGES)
-    assert len(traces) == before
+    assert len(traces) == before + 2
     assert not np.array_equal(first[0].radius, second[0].radius)
     # Beside the chunks, batches of two and three, traced to see that rows leave each other alone.
     assert set(traces) == {(PLAN.chunk, 3, 4), (2, 3, 4), (3, 3, 4)}
@@ -240,12 +241,26 @@ def hides_nan(z):
 
 
 @pytest.mark.parametrize("f", [nan_logits, one_nan_logit])
-def test_nan_logits_abstain(f):
+def test_nan_logits_raise_and_abstain_where_traced(f):
     x = at_distances([1.0, -1.0])
-    certificate = smoothing.certify(KEY, f, x, PLAN)
+    for run in (smoothing.certify, smoothing.predict):
+        with pytest.raises(ValueError, match="not all finite, on any draw"):
+            run(KEY, f, x, PLAN)
+    certificate = jax.jit(lambda x: smoothing.certify(KEY, f, x, PLAN))(x)
     assert np.array_equal(certificate.prediction, [ABSTAIN, ABSTAIN])
     assert np.array_equal(certificate.radius, [0, 0])
-    assert np.array_equal(smoothing.predict(KEY, f, x, PLAN), [ABSTAIN, ABSTAIN])
+
+
+def test_draws_whose_logits_are_nan_vote_for_none():
+    """They do not keep others from voting, and are not left out of n."""
+
+    def half(z):
+        return jnp.where(z[:, :1] > 0, linear(z), jnp.nan)
+
+    x = jnp.zeros((1, 4)).at[0].set(50.0 * WEIGHT).at[0, 0].set(0.0)
+    votes = smoothing.count(KEY, half, x, PLAN)
+    share = float(votes.estimation.sum()) / PLAN.n
+    assert 0.4 < share < 0.6
 
 
 @pytest.mark.parametrize(("f", "bad"), [(linear, np.nan), (hides_nan, np.nan), (hides_nan, np.inf)])

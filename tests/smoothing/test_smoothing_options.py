@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxcert import smoothing
+from jaxcert.errors import MixedRows
 from jaxcert.smoothing import AffineFirst, Gaussian, GridGaussian, Laplace, SmoothingPlan
 from jaxcert.tracing import may_see_place
 
@@ -157,7 +158,73 @@ def test_what_depends_on_the_row_is_not_certified():
 
     for f in (first_row_differs, masked):
         assert may_see_place(f, (6,), jnp.float32)
-        assert count(PLAN, f)[1].sum() == 0
+        with pytest.raises(MixedRows, match="mask or random numbers"):
+            count(PLAN, f)
+    assert jax.jit(lambda x: smoothing.count(KEY, masked, x, PLAN).estimation)(X).sum() == 0
+
+
+@pytest.mark.parametrize("first", [0.0, np.nan, np.inf])
+def test_rows_are_tried_out_whatever_the_first_image_is(first):
+    """A transform cannot be followed; behind it, a mean over the batch, or over the rows before."""
+
+    def unknown(z):
+        return jnp.abs(jnp.fft.fft(z, axis=1))
+
+    def mixing(z):
+        return (z + unknown(z).mean(0)) @ WEIGHTS
+
+    def causal(z):
+        return (z + jnp.cumsum(unknown(z), axis=0)) @ WEIGHTS
+
+    x = X.copy()
+    x[0] = first
+    for f in (mixing, causal):
+        with pytest.raises(MixedRows, match="rows beside it"):
+            smoothing.count(KEY, f, x, PLAN)
+
+
+def test_models_of_encoded_images_may_be_plain_functions():
+    weights = jnp.ones((8, 3))
+    plan = SmoothingPlan(noise=smoothing.Ablation(2), n=100, chunk=50)
+    votes = smoothing.count(
+        KEY, lambda z: z.reshape(len(z), 8) @ weights, np.zeros((2, 4, 1), np.float32), plan
+    )
+    assert votes.estimation.sum() == 2 * plan.n
+
+
+def test_another_alpha_draws_with_the_same_program():
+    f, traced = jax.tree_util.Partial(lambda w, z: (seen.append(1), z @ w)[1], WEIGHTS), []
+    seen = traced
+    smoothing.count(KEY, f, X, PLAN)
+    before = len(traced)
+    votes = smoothing.count(KEY, f, X, dataclasses.replace(PLAN, alpha=0.02))
+    assert len(traced) - before <= 1  # that of the fingerprint
+    assert votes.plan.alpha == 0.02
+
+
+@dataclasses.dataclass
+class Unfrozen(smoothing.Noise):
+    norm: float = 2.0
+
+    def sample(self, key, shape, dtype):
+        return jnp.zeros(shape, dtype)
+
+    def apply(self, x, drawn):
+        return x
+
+    def radius(self, p_lower, p_upper=None, x=None):
+        return p_lower
+
+
+def test_noise_of_ones_own_must_be_a_static_argument_with_a_norm():
+    with pytest.raises(TypeError, match="frozen dataclass"):
+        SmoothingPlan(noise=Unfrozen(), n=100)
+
+
+def test_numpy_numbers_are_numbers():
+    plan = SmoothingPlan(noise=Gaussian(np.float32(0.5)), n=np.int64(100), alpha=np.float32(0.01))
+    assert hash(plan) == hash(dataclasses.replace(plan))
+    assert (type(plan.n), type(plan.alpha), type(plan.noise.sigma)) == (int, float, float)
 
 
 def test_what_is_the_same_in_every_row_is_certified_without_a_test_of_it():

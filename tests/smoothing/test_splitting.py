@@ -59,6 +59,15 @@ def test_votes_are_those_of_the_published_formula():
         assert found.radius[i] == pytest.approx(max(0, min(gaps) // 2) / LEVELS, rel=1e-6)
 
 
+def test_the_certified_function_is_the_same_in_float64_mode():
+    x = jnp.linspace(0, 1, LEVELS + 1, dtype=jnp.float32)[:, None] * jnp.ones((1, 3), jnp.float32)
+    here = certify_splitting(KEY, smooth, x, steps=STEPS, levels=LEVELS)
+    with jax.enable_x64(True):
+        there = certify_splitting(KEY, smooth, x, steps=STEPS, levels=LEVELS)
+    assert np.array_equal(here.prediction, there.prediction)
+    np.testing.assert_allclose(here.radius, there.radius, rtol=1e-6)
+
+
 def test_what_cannot_be_certified_abstains_or_raises():
     def nan(z):
         return jnp.full((len(z), 2), jnp.nan)

@@ -374,6 +374,34 @@ def test_an_nnx_module_learns():
     assert values[-1] < 0.7 * values[0]
 
 
+class Normalised(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(D, K, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(K, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "loss", [adversarial.smooth_adv, functools.partial(adversarial.cat_rs, targets=TARGETS)]
+)
+def test_an_ascent_leaves_running_statistics_to_the_loss(loss):
+    model = Normalised()
+    before = np.asarray(model.norm.mean[...])
+
+    @nnx.jit
+    def step(model):
+        def objective(model):
+            return jnp.mean(loss(KEY, model, X, Y, noise=Gaussian(0.1), ascent=Ascent(0.1, 1), n=2))
+
+        return nnx.value_and_grad(objective)(model)
+
+    value, _ = step(model)
+    assert np.isfinite(value)
+    assert not np.array_equal(model.norm.mean[...], before)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

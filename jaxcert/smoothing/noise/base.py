@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -20,15 +21,32 @@ SLACK = 2.0**-48
 class Noise(abc.ABC):
     """A distribution of noisy copies of an input, and what agreement on them proves.
 
-    Implementations are frozen and hashable, so that jit takes them as static arguments.
+    Implementations are frozen dataclasses, which jit takes as static arguments, and of `jax.numpy`
+    throughout, as all methods are traced. Noise that is added to the input is an `Additive`.
+
+    Example:
+      >>> from jax.scipy.special import ndtri
+      >>> from jaxcert import smoothing
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Correlated(smoothing.Additive):
+      ...     sigma: float
+      ...     norm = 2.0
+      ...     def sample(self, key, shape, dtype):  # a constant besides makes it no worse
+      ...         own, common = (jax.random.normal(k, shape, dtype) for k in jax.random.split(key))
+      ...         return self.sigma * (own + common.mean())
+      ...     def radius(self, p_lower, p_upper=None, x=None):
+      ...         return 0.999 * self.sigma * jnp.maximum(ndtri(p_lower), 0.0)
+      >>> plan = smoothing.SmoothingPlan(noise=Correlated(0.5), n=1000)
 
     Attributes:
       norm: the norm of the radius as numpy's `ord`, or a threat of its own such as `Ellipsoid`.
       within: where the inputs lie that the radius speaks of, or None for everywhere.
+      inputs: what inputs must hold to be `usable`, and how to make them so; for errors.
     """
 
     norm: Any
     within: Box | Grid | None = None
+    inputs: str = "finite numbers"
 
     @abc.abstractmethod
     def sample(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -133,14 +151,15 @@ def input_shape(noise: Any, x: Any, p_lower: Array) -> tuple[int, ...]:
 
 
 def require_scale(noise: Any, name: str, example: str) -> None:
-    """Raise unless a field is a positive number."""
+    """Make a field a float; raise unless it is a positive number."""
     value = getattr(noise, name)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and float(value) > 0):
         raise ValueError(
             f"{name} must be a positive number, got {value!r}; it is in the units of the input, "
             f"e.g. {example} for pixels in [0, 1]"
         )
+    object.__setattr__(noise, name, float(value))
 
 
 def require_norm(noise: Any, known: tuple[float, ...]) -> None:

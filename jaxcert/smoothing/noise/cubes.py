@@ -154,8 +154,9 @@ def _on_the_cube(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     point = symmetric_uniform(place, shape, dtype)
     d = math.prod(shape)
     with jax.threefry_partitionable(False):
-        coordinate = jax.random.randint(face, (), 0, d)
-        sign = jax.random.rademacher(side, (), point.dtype)
+        coordinate = jax.random.randint(face, (), 0, d, jnp.int32)
+        negative = jax.random.bits(side, (), jnp.uint32) >> 31
+    sign = jnp.where(negative == 1, -1, 1).astype(point.dtype)
     return jnp.where(jnp.arange(d).reshape(shape) == coordinate, sign, point)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import jax
@@ -38,6 +39,7 @@ class Splitting(Noise):
 
     width: float
     norm: float = dataclasses.field(default=1.0, init=False)
+    inputs = "pixels in [0, 1]; let the model do all normalisation"
 
     def __post_init__(self):
         require_scale(self, "width", "Splitting(2.0)")
@@ -162,12 +164,14 @@ class BitFlip(Noise):
     delete: float
     most: int = 64
     norm: float = dataclasses.field(default=0.0, init=False)
+    inputs = "features that are 0.0 or 1.0, such as (x > 0.5).astype(jnp.float32)"
 
     def __post_init__(self):
         for name in ("add", "delete"):
             value = getattr(self, name)
-            if not (isinstance(value, float) and 0 < value < 1):
+            if not (isinstance(value, Real) and 0 < float(value) < 1):
                 raise ValueError(f"{name} must be a float in (0, 1), got {value!r}; e.g. 0.1")
+            object.__setattr__(self, name, float(value))
         if self.add + self.delete >= 1:
             raise ValueError("add + delete must be below 1, or the noise says more than the input")
         if not isinstance(self.most, int) or self.most < 1:

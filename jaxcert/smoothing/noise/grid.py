@@ -59,6 +59,11 @@ class GridGaussian(Noise):
         return Grid(self.levels)
 
     @property
+    def inputs(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Multiples of 1 / levels."""
+        return grid_inputs(self.levels)
+
+    @property
     def _scale(self) -> float:
         return self.sigma * self.levels
 
@@ -90,6 +95,14 @@ class GridGaussian(Noise):
             # inputs that are each off by their own rounding.
             radius = jnp.where(known, self.sigma * away * (1 - 2.0**-20), 0.0)
             return radius / math.sqrt(d) * (1 - 2.0**-51) if self.norm == math.inf else radius
+
+
+def grid_inputs(levels: int) -> str:
+    """What inputs on a grid are, for errors."""
+    return (
+        f"multiples of 1 / {levels}; round pixels to their grid, jnp.round({levels} * x) / "
+        f"{levels}, and let the model do all normalisation"
+    )
 
 
 def on_grid(x: Array, levels: int) -> Array:

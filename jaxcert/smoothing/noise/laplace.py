@@ -56,4 +56,7 @@ def ratio_distance(p_lower: Array, p_upper: Array) -> Array:
     """r / scale for a density that changes by a factor e^(r / scale) at most; inside x64."""
     # log1p, since pA - pB may be small, and the logarithm of a quotient near 1 as well.
     halves = jnp.log1p((p_lower - p_upper) / p_upper) / 2
-    return jnp.maximum(halves, -jnp.log1p(-(p_lower - p_upper)))
+    # 1 - pA + pB is near 1 for a small pA - pB, and loses what is left of 1 for a large one.
+    lead = p_lower - p_upper
+    wholes = jnp.where(lead < 0.5, -jnp.log1p(-lead), -jnp.log((1 - p_lower) + p_upper))
+    return jnp.maximum(halves, wholes)

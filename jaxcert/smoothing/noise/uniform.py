@@ -51,6 +51,7 @@ class Uniform(Additive):
     width: float
     norm: float = 1.0
     unit_box: bool = False
+    inputs = "finite numbers, in [0, 1] for unit_box=True; let the model do all normalisation"
 
     def __post_init__(self):
         require_scale(self, "width", "Uniform(0.5)")

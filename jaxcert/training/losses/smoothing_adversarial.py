@@ -31,6 +31,7 @@ from jaxcert.training.losses.smoothing_attack import (
     adversary_of,
     ascend,
     require_ascent,
+    without_updates,
 )
 
 Array: TypeAlias = jax.Array
@@ -213,6 +214,8 @@ def _standardised_ascent(f: Model, x: Array, delta: Array, targets: Array, ascen
         centre, scale = moments(noise)
         unit = jnp.where(scale > 0, (noise - centre) / jnp.where(scale > 0, scale, 1), 0)
         return (mean + deviation * unit).reshape(rows.shape)
+
+    f = without_updates(f)
 
     def objective(rows: Array) -> Array:
         return _distance(stacked_logits(f, x + rows.reshape(delta.shape)), targets).ravel()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcert.model import Model, is_traced
+from jaxcert.model import Model, is_traced, split
 from jaxcert.pytrees import pytree
 from jaxcert.sets import Box, flat_norm, per_example
 from jaxcert.training.losses.checks import checked
@@ -86,6 +86,16 @@ def ascend(
     return jax.lax.stop_gradient(z)
 
 
+def without_updates(f: Model) -> Model:
+    """f, a module that keeps statistics included, as a function that leaves it as it is.
+
+    An ascent calls the model within traces of its own, where a module of the caller's may not be
+    changed; and running statistics are of what is trained on.
+    """
+    arrays, structure = split(f)
+    return lambda z: structure.build(arrays)(z)
+
+
 def _within(z: Array, start: Array, eps: Array, valid: Box | None) -> Array:
     """z moved into the box, then towards the start into the ball, and so not out of the box."""
     if valid is not None:
@@ -136,6 +146,7 @@ def smoothed_adversary(
 def adversary_of(f: Model, x: Any, y: Any, delta: Array, ascent: Ascent) -> Array:
     """`smoothed_adversary` for draws (n, b, *input) at hand."""
     require_ascent(ascent, x)
+    f = without_updates(f)
 
     def objective(z: Array) -> Array:
         p = log_mean_softmax(stacked_logits(f, z + delta))
