@@ -20,7 +20,7 @@ from jaxcert.pytrees import pytree
 from jaxcert.smoothing.affine import AffineFirst
 from jaxcert.smoothing.arguments import checked, require_images, require_votes
 from jaxcert.smoothing.confidence import class_bounds, clopper_pearson_lower, leader_is_certain
-from jaxcert.smoothing.devices import everywhere, over_images, repeated, share, summed
+from jaxcert.smoothing.devices import everywhere, over_images, repeated, require_mesh, share, summed
 from jaxcert.smoothing.noise.base import Additive, draws_of
 from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.smoothing.sampling import count_votes, prepared, usable
@@ -110,6 +110,7 @@ def count(
     Kept, they give certificates in another norm, or at another alpha, without a new draw.
     Arguments and errors are those of `certify`.
     """
+    require_mesh(mesh)
     x, index = checked(key, x, plan, index)
     arrays, structure, _ = prepared(f, x, plan)
     _require_affine(structure, arrays, x, plan)
@@ -170,6 +171,7 @@ def predict(
     Returns:
       int32 (b,).
     """
+    require_mesh(mesh)
     x, index = checked(key, x, plan, index)
     arrays, structure, _ = prepared(f, x, plan)
     _require_affine(structure, arrays, x, plan)

@@ -17,25 +17,30 @@ _Tree = TypeVar("_Tree")
 IMAGES, SAMPLES = "images", "samples"
 
 
+def require_mesh(mesh: Any) -> None:
+    """Raise unless it is None, or a mesh with axes of these names."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; type "
+            "jax.make_mesh((2, 4), ('images', 'samples'))"
+        )
+    if not set(mesh.axis_names) <= {IMAGES, SAMPLES}:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}; name them 'images' (to share the batch) and "
+            "'samples' (to share the draws), e.g. jax.make_mesh((2, 4), ('images', 'samples'))"
+        )
+
+
 def over_images(local: Callable[..., _Tree], mesh: Mesh | None, block: int) -> Callable[..., _Tree]:
     """`local(arrays, key, x, index)`, each device of the axis "images" with a part of x and index.
 
     The results' first axis is that of x, and every device has all of them in the end. Parts are
     multiples of `block` images; the last image is repeated where they do not come out even.
-
-    Raises:
-      ValueError: for a mesh with other axes.
     """
     if mesh is None:
         return local
-    if not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-    unknown = set(mesh.axis_names) - {IMAGES, SAMPLES}
-    if unknown:
-        raise ValueError(
-            f"the mesh has the axes {mesh.axis_names}; name them 'images' (to share the batch) and "
-            "'samples' (to share the draws), e.g. jax.make_mesh((2, 4), ('images', 'samples'))"
-        )
     mesh = _automatic(mesh)
     part = P(IMAGES) if IMAGES in mesh.axis_names else P()
 

@@ -16,7 +16,7 @@ from jaxcert.pytrees import pytree
 from jaxcert.smoothing.arguments import checked, require_votes
 from jaxcert.smoothing.certify import confidence, rebuilt
 from jaxcert.smoothing.confidence import Boundaries, Hybrid, SequentialTest
-from jaxcert.smoothing.devices import everywhere, over_images
+from jaxcert.smoothing.devices import everywhere, over_images, require_mesh
 from jaxcert.smoothing.noise import Noise
 from jaxcert.smoothing.plan import require_counts, require_errors, require_noise
 from jaxcert.smoothing.sampling import (
@@ -142,6 +142,7 @@ def certify_at(
       >>> print(found.certificate.radius, found.certified[1])
       [0.25 0.5  0.  ] [ True  True]
     """
+    require_mesh(mesh)
     x, index = checked(key, x, plan, index, SequentialPlan)
     arrays, structure, _ = prepared(f, x, plan)
     # As radii are rounded down in certificates, floats above them are asked about.
