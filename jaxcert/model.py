@@ -78,9 +78,8 @@ def split(f: Model, x: Any = None) -> tuple[list[Any], Structure]:
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     constants = tuple(None if _is_array(leaf) else _Constant(leaf, _key(leaf)) for leaf in leaves)
     structure = Structure(treedef, hash(treedef), constants)
-    hidden = [f.func] if isinstance(f, jax.tree_util.Partial) else []
-    hidden += [c.value for c in constants if c is not None]
-    opaque = jax.tree_util.treedef_is_leaf(treedef) or any(_hides_state(v) for v in hidden)
+    parts = [*_functions(f), *(c.value for c in constants if c is not None)]
+    opaque = jax.tree_util.treedef_is_leaf(treedef) or any(_hides_state(part) for part in parts)
     if x is not None and opaque:
         structure = dataclasses.replace(structure, program=_fingerprint(structure, arrays, x))
     return arrays, structure
@@ -98,11 +97,27 @@ def _key(leaf: Any) -> Any:
     return id(leaf)
 
 
+def _functions(f: Any) -> list[Any]:
+    """The functions that a pytree holds in its structure: of partials, and as static attributes."""
+    found = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, jax.tree_util.Partial):
+            found.append(node.func)
+        held = getattr(node, "__dict__", {}).values()
+        found.extend(v for v in held if inspect.isroutine(v) or isinstance(v, functools.partial))
+        return False
+
+    jax.tree.leaves(f, is_leaf=visit)
+    return found
+
+
 def _hides_state(value: Any) -> bool:
     """Whether numbers may lie behind a value, where its identity does not tell when they change.
 
     So they may behind every function that is not of a library: in what it closes over, in globals,
-    in attributes of modules and classes, and all that again in the functions it calls.
+    in attributes of modules and classes, and all that again in the functions it calls. (Methods of
+    a module's class are taken for its code, as jit does.)
     """
     if isinstance(value, _STATELESS):
         return False

@@ -276,6 +276,7 @@ def by_keyword(z, *, holder=Holder):
         by_keyword,
         lambda z: z * SCALE["of"],
         lambda z: jax.vmap(lambda row: row * Holder.scale)(z),
+        jax.tree_util.Partial(lambda weight, z: weight * z * Holder.scale, jnp.ones(2)),
     ],
 )
 def test_numbers_behind_the_functions_that_a_model_is_made_of_are_seen(classify):
@@ -288,6 +289,24 @@ def test_numbers_behind_the_functions_that_a_model_is_made_of_are_seen(classify)
         assert smoothing.certify(KEY, model, x, plan).prediction == 1
     finally:
         Holder.scale = SCALE["of"] = 1.0
+
+
+def test_numbers_behind_an_activation_that_a_module_holds_are_seen():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.eye(2))
+            self.activation = lambda z: z * Holder.scale
+
+        def __call__(self, z):
+            return self.activation(z @ self.weight[...])
+
+    net, x = Net(), jnp.array([[1.0, 0.0]])
+    try:
+        assert bounds.certify(net, LinfBall(x, 0.1)).prediction == 0
+        Holder.scale = -1.0
+        assert bounds.certify(net, LinfBall(x, 0.1)).prediction == 1
+    finally:
+        Holder.scale = 1.0
 
 
 def test_float64_weights_do_not_change_what_is_drawn():
