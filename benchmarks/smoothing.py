@@ -14,16 +14,18 @@
   counted there.
 - peer: certify next to another implementation with the same weights, each at the best of several
   batch sizes, and at the peer's default. COMMAND answers as `benchmarks/smoothing_peer.py` says;
-  that script runs the published PyTorch loop. `few channels` (convolutions by
-  `smoothing_nets.few_channels`) and `pool first` (bias and relu after max-pooling) are other
-  programs for the same function, `channels last` is the peer with torch's other memory layout.
+  that script runs the published PyTorch loop. `pool first` (bias and relu after max-pooling) and
+  `rewritten` (besides, convolutions by `benchmarks/convolutions.py`) are other programs for the
+  same function, `channels last` is the peer with torch's other memory layout.
 - noise: `GridGaussian`, which draws integers from 64 bits each, next to `Gaussian`.
 - sharing: noise shared by 8 images (`group`), and the first layer applied to it once for all 8
   (`AffineFirst`).
 - precision: a model that computes in bfloat16.
 
-Figures are medians over rounds in which all cases take turns. On more than one processor, wall
-time says more than CPU time, which counts threads that wait.
+certify is called under `jax.jit`: called by itself it looks at the model and the images first, for
+milliseconds to tenths of a second a call, which is nothing next to 100,000 draws and much next to
+the few of a round here. Figures are medians over rounds in which all cases take turns. On more than
+one processor, wall time says more than CPU time, which counts threads that wait.
 """
 
 import contextlib
@@ -134,9 +136,10 @@ class Subject:
         return SmoothingPlan(n0=N0, n=n, chunk=chunk, **options)
 
     def certify(self, model: Any, plan: SmoothingPlan, images: int = 1) -> Case:
-        """Certificates of the first images."""
-        key = jax.random.key(SEED)
-        run = functools.partial(smoothing.certify, key, model, self.images[:images], plan)
+        """Certificates of the first images, jitted as a whole."""
+        key, x = jax.random.key(SEED), self.images[:images]
+        certify = jax.jit(lambda key, model, x: smoothing.certify(key, model, x, plan))
+        run = functools.partial(certify, key, model, x)
         return Case(images * (plan.n + plan.n0), timed(run))
 
 
