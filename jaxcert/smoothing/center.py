@@ -11,25 +11,27 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
 
 from jaxcert.floats import ieee_float64, rounded_up
 from jaxcert.model import Model, Structure
 from jaxcert.pytrees import pytree
+from jaxcert.sets import Box, Grid
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import clopper_pearson_lower
+from jaxcert.smoothing.noise import GridGaussian
 from jaxcert.smoothing.outputs import (
     confidence_of,
     keep,
     per_image,
     sigma_of,
+    total_variation,
 )
 from jaxcert.smoothing.percentile import (
     SLACK,
+    needed,
     order_statistic,
     ranked,
     rounded_up_radius,
-    shifted,
     sorted_draws,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
@@ -52,6 +54,7 @@ class CenterCertificate:
       radius: (b,), the eps asked for.
       confidence: (b,), 1 - alpha.
       norm: of the radius; static.
+      within: where x' must lie, as the noise says; None for everywhere.
     """
 
     center: Array
@@ -59,6 +62,7 @@ class CenterCertificate:
     radius: Array
     confidence: Array
     norm: float = dataclasses.field(metadata={"static": True})
+    within: Box | Grid | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +122,8 @@ def certify(
       key: a scalar `jax.random.key`.
       f: the model, (b, *input) -> (b, *out) floats, in eval mode.
       x: floats (b, *input). For an image that is not finite nothing is proved.
-      plan: its noise, which must be `Gaussian`, n0, n, alpha and chunk. The more n0, the closer to
-        1/2 is the mass that the ball must hold; n0=1000 is a good choice.
+      plan: its noise, `Gaussian` or `GridGaussian`, n0, n, alpha and chunk. The more n0, the closer
+        to 1/2 is the mass that the ball must hold; n0=1000 is a good choice.
       eps: a number >= 0 or one per image (b,), in the units of the input and the noise's norm.
       metric: the distance of outputs.
       index: ints (b,), the numbers of the images in their data set; default arange(b).
@@ -140,13 +144,13 @@ def certify(
       True
     """
     x, index = checked(key, x, plan, index)
-    sigma = sigma_of(plan, x)
+    sigma, v = sigma_of(plan, x, GridGaussian), total_variation(plan, x)
     if not isinstance(metric, OutputMetric):
         raise TypeError(f"metric must be an OutputMetric, got {metric!r}; type OutputMetric(...)")
     eps = ieee_float64(rounded_up_radius(eps, x.shape[0]))
     arrays, structure, _ = prepared(f, x, plan)
     with jax.enable_x64(True):
-        mass = shifted(ndtri(majority(plan, metric)), eps, sigma)
+        mass = needed(majority(plan, metric), eps, sigma, v)
         rank = order_statistic(plan.n, mass, plan.alpha / 2)
     center, ball = _ball(arrays, key, x, index, rank, structure=structure, plan=plan, metric=metric)
     dtype = jnp.result_type(float)
@@ -154,7 +158,8 @@ def certify(
         factor = metric.triangle * (1 + 2 * metric.triangle) * (1 + SLACK)
         change = rounded_up(ball.astype(jnp.float64) * factor, dtype)
     confidence = confidence_of(plan, index.shape)
-    return CenterCertificate(center, change, eps, confidence, plan.noise.norm)
+    noise = plan.noise
+    return CenterCertificate(center, change, eps, confidence, noise.norm, noise.within)
 
 
 def predict(

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcert.floats import rounded_down
 from jaxcert.smoothing.certify import confidence
-from jaxcert.smoothing.noise import Gaussian
+from jaxcert.smoothing.noise import Gaussian, GridGaussian
 from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.smoothing.sampling import noisy_copies, threefry_key
 
@@ -104,22 +104,31 @@ def _numbers(c: Any, chunk: int, selection: bool) -> Array:
     return ~row if selection else row  # ~j is 2^32 - 1 - j
 
 
-def sigma_of(plan: SmoothingPlan, x: Array) -> float:
-    """sigma of Gaussian noise as its norm counts it, rounded down; other noise raises.
+def sigma_of(plan: SmoothingPlan, x: Array, *kinds: type) -> float:
+    """sigma of Gaussian noise as its norm counts it, rounded down; noise of other kinds raises.
 
     A step of size eps in the norm is one of at most eps / sigma standard deviations: for norms 1
     and 2 that is the noise's own sigma, and in d dimensions sigma / sqrt(d) for norm inf.
     """
-    if not isinstance(plan.noise, Gaussian):
+    noise: Any = plan.noise
+    if not isinstance(noise, (Gaussian, *kinds)):
         raise TypeError(
             f"this certificate is proved for Gaussian noise, got {plan.noise!r}; type "
             "SmoothingPlan(noise=Gaussian(0.25))"
         )
     # The multiplication in `Gaussian.sample` uses sigma rounded to float32.
-    sigma = min(plan.noise.sigma, float(np.float32(plan.noise.sigma)))
-    if plan.noise.norm == math.inf:
+    sigma = min(noise.sigma, float(np.float32(noise.sigma)))
+    if isinstance(noise, GridGaussian):  # see its radius
+        sigma *= 1 - 2.0**-20
+    if noise.norm == math.inf:
         sigma = sigma / math.sqrt(x[0].size) * (1 - 2.0**-51)
     return sigma
+
+
+def total_variation(plan: SmoothingPlan, x: Array) -> float:
+    """At most the distance of the law that is drawn from, from a Gaussian (rounded to the grid)."""
+    noise = plan.noise
+    return noise.total_variation(x[0].size) if isinstance(noise, GridGaussian) else 0.0
 
 
 def confidence_of(plan: SmoothingPlan, shape: tuple[int, ...]) -> Array:

@@ -16,13 +16,16 @@ from jax.scipy.special import ndtr, ndtri
 from jaxcert.floats import ieee_float64, rounded_down, rounded_up
 from jaxcert.model import Model, Structure, is_traced
 from jaxcert.pytrees import pytree
+from jaxcert.sets import Box, Grid
 from jaxcert.smoothing.arguments import checked
 from jaxcert.smoothing.confidence import upper_tail
+from jaxcert.smoothing.noise import GridGaussian
 from jaxcert.smoothing.outputs import (
     confidence_of,
     keep,
     per_image,
     sigma_of,
+    total_variation,
 )
 from jaxcert.smoothing.plan import SmoothingPlan
 from jaxcert.smoothing.sampling import prepared, usable
@@ -48,6 +51,7 @@ class PercentileBounds:
       confidence: (b,), 1 - alpha.
       p: which quantile; static.
       norm: of the radius; static.
+      within: where x' must lie, as the noise says; None for everywhere.
     """
 
     value: Array
@@ -57,6 +61,7 @@ class PercentileBounds:
     confidence: Array
     p: float = dataclasses.field(metadata={"static": True})
     norm: float = dataclasses.field(metadata={"static": True})
+    within: Box | Grid | None = None
 
 
 def certify(
@@ -81,7 +86,7 @@ def certify(
       key: a scalar `jax.random.key`.
       f: the model, (b, *input) -> (b, *out) floats, in eval mode.
       x: floats (b, *input). An image that is not finite gets infinite bounds.
-      plan: its noise, which must be `Gaussian`, n, alpha and chunk; n=10_000 is plenty.
+      plan: its noise, `Gaussian` or `GridGaussian`, n, alpha and chunk; n=10_000 is plenty.
       eps: a number >= 0 or one per image (b,), in the units of the input and the noise's norm.
       p: which quantile, 0 < p < 1; 0.5 is the median.
       index: ints (b,), the numbers of the images in their data set; default arange(b).
@@ -102,24 +107,24 @@ def certify(
       True True
     """
     x, index = checked(key, x, plan, index)
-    sigma = sigma_of(plan, x)
+    sigma, v = sigma_of(plan, x, GridGaussian), total_variation(plan, x)
     if not 0 < p < 1:
         raise ValueError(f"p must lie in (0, 1), got {p}; type p=0.5 for the median")
     eps = ieee_float64(rounded_up_radius(eps, x.shape[0]))
     arrays, structure, out = prepared(f, x, plan)
     coordinates = max(1, math.prod(out))
     with jax.enable_x64(True):
-        quantile = ndtri(jnp.asarray(p, jnp.float64))
         level = plan.alpha / (2 * coordinates)
         ranks = tuple(
-            order_statistic(plan.n, shifted(side * quantile, eps, sigma), level) for side in (-1, 1)
+            order_statistic(plan.n, needed(p, eps, sigma, v, side), level) for side in (-1, 1)
         )
     estimate = math.ceil(p * plan.n)
     value, lower, upper = _bounds(
         arrays, key, x, index, ranks, structure=structure, plan=plan, estimate=estimate
     )
     confidence = confidence_of(plan, index.shape)
-    return PercentileBounds(value, lower, upper, eps, confidence, p, plan.noise.norm)
+    noise = plan.noise
+    return PercentileBounds(value, lower, upper, eps, confidence, p, noise.norm, noise.within)
 
 
 def rounded_up_radius(eps: Any, b: int) -> Array:
@@ -154,6 +159,19 @@ def shifted(quantile: Array, eps: Any, sigma: float) -> Array:
     # is covered by moving it, what is lost in the value by scaling that.
     moved = moved + SLACK * (1 + jnp.abs(quantile) + eps / sigma)
     return jnp.minimum(ndtr(moved) * (1 + SLACK), 1.0)
+
+
+# Where the law that is drawn from is within v of the Gaussian one in total variation, at x and at
+# x + delta: P_{x + delta}[f <= u] > p follows from more than p + v under the Gaussian there, that
+# from more than Phi(Phi^-1(p + v) + eps / sigma) under the Gaussian at x, and that from v more as
+# drawn. (A Gaussian rounded to the grid is a Gaussian that the model rounds: see `GridGaussian`.)
+def needed(p: Any, eps: Any, sigma: float, v: float, side: int = 1) -> Array:
+    """A probability at x with which an event has more than p (for side = -1, 1 - p) within eps.
+
+    Rounded up, float64; inside `jax.enable_x64(True)`.
+    """
+    quantile = side * ndtri(jnp.clip(jnp.asarray(p, jnp.float64) + side * v, 0, 1))
+    return jnp.minimum((shifted(quantile, eps, sigma) + v) * (1 + SLACK), 1.0)
 
 
 # Let Y_(1) <= ... <= Y_(n) be sorted draws with distribution function F. F(Y_(q)) <= p requires q

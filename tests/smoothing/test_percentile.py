@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxcert.smoothing import Gaussian, Laplace, SmoothingPlan
+from jaxcert.sets import Grid
+from jaxcert.smoothing import Gaussian, GridGaussian, Laplace, SmoothingPlan
 from jaxcert.smoothing.outputs import sigma_of
 from jaxcert.smoothing.percentile import (
     PercentileBounds,
     certify,
     iou_lower,
+    needed,
     order_statistic,
     shifted,
 )
@@ -208,6 +210,31 @@ def test_unbounded_boxes_overlap_with_nothing_surely():
     assert iou_lower(bounds, jnp.array([[0.0, 0.0, 1.0, 1.0]])) == 0
     with pytest.raises(ValueError, match="one shape"):
         iou_lower(bounds, jnp.zeros((2, 4)))
+
+
+def test_noise_on_the_grid_bounds_percentiles_between_its_points():
+    """The 0.8-quantile of a pixel under round(255 sigma N) / 255 moves along with the pixel."""
+    plan = SmoothingPlan(noise=GridGaussian(0.1), n=2000, chunk=100)
+    x = jnp.full((1, 1), 100 / 255)
+    bounds = certify(KEY, lambda z: 255 * z, x, plan, 10 / 255, p=0.8)
+    assert bounds.within == Grid(255)
+    quantile = np.ceil(stats.norm.ppf(0.8) * 25.5 - 0.5)
+    low, high = float(bounds.lower[0, 0]), float(bounds.upper[0, 0])
+    assert 85 + quantile < low <= 90 + quantile + 1e-3
+    assert 110 + quantile - 1e-3 <= high < 115 + quantile
+    with pytest.raises(ValueError, match="round pixels to their grid"):
+        certify(KEY, lambda z: z, x + 0.001, plan, 0.1)
+
+
+def test_what_the_law_lacks_is_added_at_both_ends():
+    with jax.enable_x64(True):
+        for side in (-1, 1):
+            exact, less = (float(needed(0.8, 0.1, SIGMA, v, side)) for v in (0.0, 0.01))
+            at_x = stats.norm.cdf(stats.norm.ppf(0.8 if side == 1 else 0.2) + 0.2)
+            assert at_x <= exact < at_x + 1e-9
+            end = (0.8 if side == 1 else 0.2) + 0.01
+            assert less == pytest.approx(stats.norm.cdf(stats.norm.ppf(end) + 0.2) + 0.01, abs=1e-9)
+        assert needed(0.999, 0.0, SIGMA, 0.01) == needed(0.001, 0.0, SIGMA, 0.01, -1) == 1
 
 
 @pytest.mark.parametrize(("norm", "size"), [(1, 1), (2, 1), (np.inf, np.sqrt(12))])

@@ -79,6 +79,10 @@ class GridGaussian(Noise):
         """Whether each of x (b, *input) lies on the grid."""
         return on_grid(x, self.levels)
 
+    def total_variation(self, d: int) -> float:
+        """The law that is drawn from is no farther from the exact one, in d coordinates."""
+        return d * thresholds(self._scale)[1]
+
     def radius(self, p_lower: Any, p_upper: Any = None, x: Any = None) -> Array:
         """See `Noise`; needs x for the size of the input."""
         with jax.enable_x64(True):
@@ -89,7 +93,7 @@ class GridGaussian(Noise):
             # bounds the exact probability at x, and at x' the drawn law again, of both classes,
             # which a further v on each side covers: the classes' exact probabilities at the radius
             # are then 2 v apart, as 1 / phi is convex.
-            v = d * thresholds(self._scale)[1]
+            v = self.total_variation(d)
             away = quantile_distance(p_lower - 2 * v, p_upper + 2 * v)
             # Grid points are at distances that floats round: q |k - k'| is computed by callers from
             # inputs that are each off by their own rounding.
