@@ -105,7 +105,7 @@ def _functions(f: Any) -> list[Any]:
         if isinstance(node, jax.tree_util.Partial):
             found.append(node.func)
         held = getattr(node, "__dict__", {}).values()
-        found.extend(v for v in held if inspect.isroutine(v) or isinstance(v, functools.partial))
+        found.extend(v for v in held if callable(v) and jax.tree_util.all_leaves([v]))
         return False
 
     jax.tree.leaves(f, is_leaf=visit)

@@ -291,11 +291,17 @@ def test_numbers_behind_the_functions_that_a_model_is_made_of_are_seen(classify)
         Holder.scale = SCALE["of"] = 1.0
 
 
-def test_numbers_behind_an_activation_that_a_module_holds_are_seen():
+class Scaling:
+    def __call__(self, z):
+        return z * Holder.scale
+
+
+@pytest.mark.parametrize("activation", [lambda z: z * Holder.scale, Scaling()])
+def test_numbers_behind_an_activation_that_a_module_holds_are_seen(activation):
     class Net(nnx.Module):
         def __init__(self):
             self.weight = nnx.Param(jnp.eye(2))
-            self.activation = lambda z: z * Holder.scale
+            self.activation = activation
 
         def __call__(self, z):
             return self.activation(z @ self.weight[...])

@@ -172,7 +172,8 @@ def number_of_classes(f: Model, batch: jax.ShapeDtypeStruct) -> int:
 
 def usable(structure: Structure, arrays: Sequence[Any], x: Array, noise: Noise, rows: int) -> Array:
     """bool (b,): whether draws mean anything: the noise is for such images, and rows are apart."""
-    return noise.usable(x) & rows_apart(structure, arrays, x, rows, noise)
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+    return finite & noise.usable(x) & rows_apart(structure, arrays, x, rows, noise)
 
 
 def require_apart(

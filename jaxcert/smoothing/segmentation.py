@@ -128,7 +128,7 @@ def certify(
 def _votes(
     arrays: list, key: Array, x: Array, index: Array, *, structure: Structure, plan: SmoothingPlan
 ) -> tuple[Array, Array]:
-    """The class selected of every pixel (b, *pixels), and its votes."""
+    """The class selected of every pixel (b, *pixels), `ABSTAIN` for none, and its votes."""
 
     def classes(z):
         logits = structure.build(arrays)(z)
@@ -143,7 +143,7 @@ def _votes(
 
     top, votes = per_image(one, key, index, plan, x)
     good = usable(structure, arrays, x, plan.noise, plan.rows)
-    return top, jnp.where(good.reshape(-1, *(1,) * (votes.ndim - 1)), votes, 0)
+    return jnp.where(good.reshape(-1, *(1,) * (top.ndim - 1)), top, ABSTAIN), votes
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "tau", "errors"))
